@@ -1,0 +1,19 @@
+//! The definition.
+
+use crate::Element;
+use crate::blocks::BlockSize;
+
+pub(super) fn dequantize<T: Element>(
+    q: &[u8],
+    absmax: &[f32],
+    code: &[f32; 256],
+    blocksize: BlockSize,
+    out: &mut [T],
+) {
+    let b = blocksize.get();
+    for ((q, scale), out) in q.chunks(b).zip(absmax).zip(out.chunks_mut(b)) {
+        for (q, o) in q.iter().zip(out) {
+            *o = T::from_f32(code[*q as usize] * scale);
+        }
+    }
+}

@@ -1,0 +1,1 @@
+//! Cases and properties over every available instruction set.
