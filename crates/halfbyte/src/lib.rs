@@ -3,15 +3,36 @@
 //! 4-bit (NF4, FP4) and 8-bit blockwise quantization and the fused 4-bit matrix product, on the
 //! CPU, with kernels chosen at run time (AVX-512, AVX2, NEON, scalar) and spread over threads by
 //! rayon. Same input, any thread count, any instruction set: identical bytes.
-
-pub mod code;
+//!
+//! | to | use |
+//! |---|---|
+//! | quantize a tensor, multiply by it, decode it | [`Params4bit`] |
+//! | read or write a checkpoint | [`checkpoint::Checkpoint`], [`checkpoint::CheckpointWriter`] |
+//! | work on slices of your own | [`quantize_4bit`], [`dequantize_4bit`], [`matmul_4bit`], [`matmul_4bit_grad_input`], [`quantize_blockwise`], [`dequantize_blockwise`] |
+//! | look up a code | [`Code4`], [`Code8`], [`code`] |
+//! | choose threads or an instruction set | [`threads::set_num_threads`], a rayon pool, `HALFBYTE_ISA` |
+//!
+//! ```
+//! use halfbyte::{BlockSize, Code4, Params4bit};
+//!
+//! let weight: Vec<f32> = (0..4096).map(|i| (i as f32).cos()).collect();
+//! let params = Params4bit::quantize(&weight, &[64, 64], Code4::Nf4, BlockSize::B64)?;
+//! let decoded: Vec<f32> = params.dequantize()?;
+//! let worst = weight.iter().zip(&decoded).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+//! assert!(worst < 0.16); // half the widest gap between NF4 codes, times absmax
+//! # Ok::<(), halfbyte::Error>(())
+//! ```
 
 mod arch;
 mod blocks;
+pub mod checkpoint;
+pub mod code;
 mod element;
 mod error;
 pub mod isa;
 mod ops;
+mod params;
+mod state;
 pub mod threads;
 
 pub use blocks::{BlockSize, Blocks};
@@ -24,3 +45,5 @@ pub use ops::{
     NestedScales, NonFinite, Scales, Weight4, dequantize_4bit, dequantize_blockwise, matmul_4bit,
     matmul_4bit_grad_input, quantize_4bit, quantize_absmax, quantize_blockwise,
 };
+pub use params::Params4bit;
+pub use state::{NestedMeta, OwnedScales, QuantMeta, QuantState, QuantStorage};

@@ -36,7 +36,7 @@ impl<'a> Weight4<'a> {
         out_features: usize,
         in_features: usize,
     ) -> Result<Self> {
-        let blocks = blocksize.over(out_features * in_features);
+        let blocks = blocksize.over(out_features.saturating_mul(in_features));
         check_len("packed", blocks.packed_len(), packed.len(), "bytes")?;
         scales.check(blocks)?;
         Ok(Self { packed, scales, table, blocks, out_features, in_features })
@@ -71,8 +71,8 @@ pub fn matmul_4bit<T: Element>(
     bias: Option<&[T]>,
     out: &mut [T],
 ) -> Result<()> {
-    check_len("input", rows * weight.in_features, input.len(), "elements")?;
-    check_len("out", rows * weight.out_features, out.len(), "elements")?;
+    check_len("input", rows.saturating_mul(weight.in_features), input.len(), "elements")?;
+    check_len("out", rows.saturating_mul(weight.out_features), out.len(), "elements")?;
     if let Some(bias) = bias {
         check_len("bias", weight.out_features, bias.len(), "elements")?;
     }
@@ -94,8 +94,13 @@ pub fn matmul_4bit_grad_input<T: Element>(
     weight: &Weight4<'_>,
     out: &mut [T],
 ) -> Result<()> {
-    check_len("grad_output", rows * weight.out_features, grad_output.len(), "elements")?;
-    check_len("out", rows * weight.in_features, out.len(), "elements")?;
+    check_len(
+        "grad_output",
+        rows.saturating_mul(weight.out_features),
+        grad_output.len(),
+        "elements",
+    )?;
+    check_len("out", rows.saturating_mul(weight.in_features), out.len(), "elements")?;
     run_grad(isa::selected()?, grad_output, rows, weight, out);
     Ok(())
 }
