@@ -1,0 +1,103 @@
+# Two commands do all the set-up on a machine with Rust and Python 3.10+:
+#
+#   make demo    the main job: a small LM in NF4, fine-tuned with LoRA, saved, reloaded
+#   make test    everything that passes without a GPU
+#
+# also: check · bench · docs · upstream-env · check-aarch64 · miri · fuzz · clean
+
+PYTHON  ?= python3
+VENV    := .venv
+PEER    := .venv-upstream
+PY      := $(VENV)/bin/python
+UV      := $(VENV)/bin/uv
+STAMPS  := .stamps
+SOURCES := Cargo.toml Cargo.lock pyproject.toml \
+           $(shell find crates/halfbyte/src crates/halfbyte-torch python -type f \
+                   -not -name '*.pyc' -not -path '*/target/*' 2>/dev/null)
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test test-rust test-python test-parity check check-aarch64 miri fuzz bench docs \
+        install upstream-env clean
+.DEFAULT_GOAL := test
+
+# --- set-up, each step once ---------------------------------------------------------------------
+
+$(STAMPS)/venv: requirements/dev.txt
+	@mkdir -p $(STAMPS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "halfbyte needs Python 3.10 or later; $(PYTHON) is older. Try: make PYTHON=python3.12"; exit 1; }
+	@test -x $(PY) || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@test -x $(UV) || $(PY) -m pip install --quiet uv
+	@echo "installing PyTorch and the test clients into $(VENV) (about 3 GB, once)"
+	@$(UV) pip install --quiet --python $(PY) -r requirements/dev.txt
+	@touch $@
+
+# The wheel as a user would build it, and the drop-in beside it.
+$(STAMPS)/install: $(STAMPS)/venv $(SOURCES)
+	@command -v cargo >/dev/null || { echo "halfbyte is built with Rust: install a toolchain (rustup.rs) first"; exit 1; }
+	@echo "building halfbyte (release)"
+	@rm -rf target/wheels
+	@$(VENV)/bin/maturin build --quiet --release --out target/wheels --interpreter $(PY)
+	@$(UV) pip install --quiet --python $(PY) --reinstall --no-deps target/wheels/*.whl ./python/bitsandbytes
+	@touch $@
+
+install: $(STAMPS)/install
+
+$(STAMPS)/upstream: requirements/upstream.txt $(STAMPS)/venv
+	@echo "installing upstream bitsandbytes into $(PEER) (the test oracle)"
+	@test -x $(PEER)/bin/python || $(PYTHON) -m venv --without-pip $(PEER)
+	@$(UV) pip install --quiet --python $(PEER)/bin/python -r requirements/upstream.txt
+	@touch $@
+
+upstream-env: $(STAMPS)/upstream
+
+# --- the commands -------------------------------------------------------------------------------
+
+ARGS ?=
+demo: $(STAMPS)/install
+	@$(PY) demo/demo.py $(ARGS)
+
+test: test-rust test-python test-parity
+
+test-rust:
+	@cargo test --quiet --workspace
+
+test-python: $(STAMPS)/install
+	@$(PY) -m pytest -q tests/python tests/clients tests/demo
+
+test-parity: $(STAMPS)/install $(STAMPS)/upstream
+	@$(PY) -m pytest -q tests/parity
+
+check: $(STAMPS)/venv
+	@cargo fmt --all --check
+	@cargo clippy --quiet --workspace --all-targets -- -D warnings
+	@$(VENV)/bin/ruff check --quiet .
+	@$(VENV)/bin/ruff format --quiet --check .
+	@$(VENV)/bin/mypy --no-error-summary
+	@scripts/check-aarch64
+	@echo "check: clean"
+
+# Compiles and lints the NEON code, and runs its tests under qemu where that is installed.
+check-aarch64:
+	@scripts/check-aarch64 --test
+
+# Needs the miri component of a nightly toolchain.
+miri:
+	@HALFBYTE_ISA=scalar cargo +nightly miri test -p halfbyte --lib
+
+fuzz:
+	@cd crates/halfbyte && cargo +nightly fuzz run quant_meta -- -max_total_time=60
+
+bench: $(STAMPS)/install $(STAMPS)/upstream
+	@$(PY) bench/run.py $(ARGS)
+
+docs: $(STAMPS)/install
+	@RUSTDOCFLAGS="-D warnings" cargo doc --quiet --no-deps -p halfbyte
+	@$(PY) -m pdoc --output-directory docs/site halfbyte >/dev/null
+	@echo "Rust: target/doc/halfbyte/index.html   Python: docs/site/index.html   guide: docs/"
+
+clean:
+	@rm -rf target $(VENV) $(PEER) $(STAMPS) docs/site demo/out
