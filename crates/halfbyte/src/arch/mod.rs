@@ -132,7 +132,9 @@ mod tests {
     #[test]
     fn conversions_equal_the_scalar_ones_bit_for_bit() {
         // Every half widened (as float32 patterns), and a dense sweep with all roundings.
-        let dense = || (0..=u32::MAX).step_by(0xFF1).chain((0..1 << 16).map(|h| h << 16));
+        // (Sparser where the test is likely to be emulated.)
+        let step = if cfg!(target_arch = "x86_64") && !cfg!(miri) { 0xFF1 } else { 0xF_FFF1 };
+        let dense = || (0..=u32::MAX).step_by(step).chain((0..1 << 16).map(|h| h << 16));
         sweep::<f32>(|x| x.to_bits(), dense());
         sweep::<f16>(|x| u32::from(x.to_bits()), dense());
         sweep::<bf16>(|x| u32::from(x.to_bits()), dense());
