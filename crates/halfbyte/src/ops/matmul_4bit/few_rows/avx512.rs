@@ -2,14 +2,14 @@
 //! code up by the low four bits of its lane and ignores the rest, so an index vector needs no
 //! masking.
 
-use super::{GROUP_VECTORS, Kernel, Layout, Line, Product, pack};
+use super::{GROUP_VECTORS, Kernel, Layout, Line, Product, Sums, finish, pack};
 use crate::Element;
 use std::arch::x86_64::*;
 use std::ops::Range;
 
 pub(super) struct Avx512;
 
-#[allow(clippy::inline_always)] // the functions below must end up inside `task` and `pack`
+#[allow(clippy::inline_always)] // the functions below must end up inside `block`, `pack`, `finish`
 impl Kernel for Avx512 {
     type V = __m512;
     type Table = __m512;
@@ -124,14 +124,25 @@ impl Kernel for Avx512 {
         unsafe { T::store16(to, v) }
     }
 
+    #[inline(always)]
+    unsafe fn splat8(to: *mut f32, scale: f32) {
+        // SAFETY: room for 8 floats.
+        unsafe { _mm256_storeu_ps(to, _mm256_set1_ps(scale)) }
+    }
+
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
     unsafe fn pack<T: Element>(input: &[T], layout: Layout, to: &mut [Line]) {
         // SAFETY: the caller's promises.
         unsafe { pack::<T, Self>(input, layout, to) }
     }
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-    unsafe fn task<T: Element>(product: &Product<'_, T>, features: Range<usize>) {
+    unsafe fn block(product: &Product<'_>, features: Range<usize>, sums: &mut Sums) {
         // SAFETY: the caller's promises.
-        unsafe { product.task::<Self>(features) }
+        unsafe { product.block::<Self>(features, sums) }
+    }
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+    unsafe fn finish<T: Element>(sums: &[f32], bias: Option<&[T]>, out: &mut [T]) {
+        // SAFETY: the caller's promises.
+        unsafe { finish::<T, Self>(sums, bias, out) }
     }
 }

@@ -41,7 +41,7 @@ mod tests;
 use super::{Weight4, scalar};
 use crate::Element;
 use crate::isa::Isa;
-use crate::ops::{NestedScales, Scales};
+use crate::ops::Scales;
 use crate::threads::{self, Chunks, Shared};
 use std::cell::Cell;
 use std::ops::Range;
@@ -59,8 +59,10 @@ const BLOCK: usize = 48;
 const TILE: usize = 1024;
 /// The same for more than 8 rows.
 const NARROW_TILE: usize = 512;
-/// Codes per call of the direct way, so that spread scales stay in the first-level cache.
-const SEGMENT: usize = 4096;
+/// Units whose scales are spread at a time in the direct way: 16 KiB of the first-level cache.
+const SPREAD_UNITS: usize = 4096;
+/// Codes of a weight row per step of the direct way: two rows' scales are spread at a time.
+const SEGMENT: usize = SPREAD_UNITS / 2 * UNIT;
 /// Reordered activations of one pass over the weight: at most 1 MiB (or one row, if longer).
 const PASS_FLOATS: usize = 1 << 18;
 /// Multiply-adds worth a task of its own, about 5 us.
@@ -135,10 +137,15 @@ trait Kernel: Sized {
     /// Rounds and stores `LANES` elements.
     unsafe fn narrow<T: Element>(to: *mut T, v: Self::V);
 
+    /// Stores 8 times `scale`.
+    unsafe fn splat8(to: *mut f32, scale: f32);
+
     /// [`pack`] with the instruction set enabled.
     unsafe fn pack<T: Element>(input: &[T], layout: Layout, to: &mut [Line]);
-    /// [`Product::task`] with the instruction set enabled.
-    unsafe fn task<T: Element>(product: &Product<'_, T>, features: Range<usize>);
+    /// [`Product::block`] with the instruction set enabled.
+    unsafe fn block(product: &Product<'_>, features: Range<usize>, sums: &mut Sums);
+    /// [`finish`] with the instruction set enabled.
+    unsafe fn finish<T: Element>(sums: &[f32], bias: Option<&[T]>, out: &mut [T]);
 }
 
 /// A cache line of float32.
@@ -209,16 +216,26 @@ fn spread<T: Element, K: Kernel>(
         }
         // SAFETY: `K` is available: `forward` is given an instruction set that this machine has.
         unsafe { K::pack(&input[first * k..(first + rows) * k], layout, &mut scratch) };
-        let product = Product {
-            weight,
-            layout,
-            x: scratch.as_ptr().cast(),
-            bias,
-            out: Shared::new(&mut out[first * n..(first + rows) * n]),
-        };
+        let product = Product { weight, layout, x: scratch.as_ptr().cast() };
+        let out = Shared::new(&mut out[first * n..(first + rows) * n]);
         let tasks = Chunks::new(n, TASK_WORK / (rows * k).max(1), BLOCK);
-        // SAFETY: as above; the scratch outlives the tasks and no one writes to it meanwhile.
-        threads::run(tasks.count(), |i| unsafe { K::task(&product, tasks.range(i)) });
+        threads::run(tasks.count(), |i| {
+            let mut sums = Sums([[0.0; BLOCK]; MAX_ROWS]);
+            let features = tasks.range(i);
+            for start in features.clone().step_by(BLOCK) {
+                let block = start..(start + BLOCK).min(features.end);
+                // SAFETY: `K` is available; the scratch is as `pack` left it.
+                unsafe { K::block(&product, block.clone(), &mut sums) };
+                for (row, sums) in sums.0.iter().take(rows).enumerate() {
+                    let bias = bias.map(|b| &b[block.clone()]);
+                    // SAFETY: blocks do not overlap, nor do rows; `K` is available.
+                    unsafe {
+                        let out = out.part(row * n + block.start..row * n + block.end);
+                        K::finish(&sums[..block.len()], bias, out);
+                    }
+                }
+            }
+        });
     }
     if scratch.len() * 16 <= PASS_FLOATS {
         SCRATCH.set(scratch);
@@ -264,19 +281,20 @@ unsafe fn pack<T: Element, K: Kernel>(input: &[T], layout: Layout, to: &mut [Lin
 #[repr(align(64))]
 struct Line2([f32; 128]);
 
+/// The sums of a block's features, for each row.
+#[repr(align(64))]
+struct Sums([[f32; BLOCK]; MAX_ROWS]);
+
 /// One pass over the weight, shared by all threads.
-struct Product<'a, T> {
+struct Product<'a> {
     weight: &'a Weight4<'a>,
     layout: Layout,
     /// The reordered activations.
     x: *const f32,
-    bias: Option<&'a [T]>,
-    /// `[rows, out_features]`.
-    out: Shared<'a, T>,
 }
 
 // SAFETY: `x` is only read while tasks run; every other field is `Sync`.
-unsafe impl<T: Element> Sync for Product<'_, T> {}
+unsafe impl Sync for Product<'_> {}
 
 /// A buffer on the stack, aligned to cache lines, written before it is read.
 #[repr(align(64))]
@@ -292,60 +310,57 @@ impl<const N: usize> Buffer<N> {
     const fn ptr(&mut self) -> *mut f32 {
         self.0.as_mut_ptr().cast()
     }
+
+    /// A part that is about to be written.
+    #[inline(always)]
+    fn part(&mut self, start: usize, len: usize) -> &mut [f32] {
+        assert!(start + len <= N);
+        // SAFETY: in bounds.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr().add(start), len) }
+    }
 }
 
-impl<T: Element> Product<'_, T> {
-    /// Computes and stores the output features `features`.
-    ///
-    /// # Safety
-    /// As for [`Kernel`]; tasks' `features` do not overlap; `x` is as [`pack`] left it.
-    #[inline(always)]
-    unsafe fn task<K: Kernel>(&self, features: Range<usize>) {
-        let mut scales = UnitScales::new(self.weight, features.len());
-        let mut sums = Line3([0.0; MAX_ROWS * BLOCK]);
-        for first in features.clone().step_by(BLOCK) {
-            let block = first..(first + BLOCK).min(features.end);
-            // SAFETY: the caller's promises; `sums` has room for `BLOCK` features of each row.
-            unsafe {
-                if self.weight.in_features % UNIT == 0 && self.layout.rows <= K::DIRECT_ROWS {
-                    match self.layout.rows {
-                        1 => self.direct::<K, 1>(&mut scales, block.clone(), &mut sums.0),
-                        2 => self.direct::<K, 2>(&mut scales, block.clone(), &mut sums.0),
-                        3 => self.direct::<K, 3>(&mut scales, block.clone(), &mut sums.0),
-                        _ => self.direct::<K, 4>(&mut scales, block.clone(), &mut sums.0),
-                    }
-                } else {
-                    self.tiled::<K>(&mut scales, block.clone(), &mut sums.0);
-                }
-                self.finish::<K>(block, &sums.0);
+/// Adds the bias, rounds and stores.
+///
+/// # Safety
+/// As for [`Kernel`]; all three are as long.
+#[inline(always)]
+unsafe fn finish<T: Element, K: Kernel>(sums: &[f32], bias: Option<&[T]>, out: &mut [T]) {
+    let whole = out.len() - out.len() % K::LANES;
+    for i in (0..whole).step_by(K::LANES) {
+        // SAFETY: `LANES` elements from `i` are in all three.
+        unsafe {
+            let mut v = K::load(sums.as_ptr().add(i));
+            if let Some(bias) = bias {
+                v = K::add(v, K::widen(bias.as_ptr().add(i)));
             }
+            K::narrow(out.as_mut_ptr().add(i), v);
         }
     }
+    for i in whole..out.len() {
+        out[i] = T::from_f32(bias.map_or(sums[i], |b| sums[i] + b[i].to_f32()));
+    }
+}
 
-    /// Adds the bias, rounds and stores: `sums` holds `BLOCK` features for each row.
+impl Product<'_> {
+    /// Computes the output features `features`, at most `BLOCK`.
     ///
     /// # Safety
-    /// As for [`task`](Self::task).
+    /// As for [`Kernel`]; `x` is as [`pack`] left it.
     #[inline(always)]
-    unsafe fn finish<K: Kernel>(&self, features: Range<usize>, sums: &[f32; MAX_ROWS * BLOCK]) {
-        let n = self.weight.out_features;
-        for (row, sums) in sums.chunks_exact(BLOCK).take(self.layout.rows).enumerate() {
-            // SAFETY: tasks' features, and a task's blocks, do not overlap.
-            let out = unsafe { self.out.part(row * n + features.start..row * n + features.end) };
-            let whole = out.len() - out.len() % K::LANES;
-            for i in (0..whole).step_by(K::LANES) {
-                // SAFETY: `i + LANES` elements are in `out`, `sums` and the features' bias.
-                unsafe {
-                    let mut v = K::load(sums.as_ptr().add(i));
-                    if let Some(bias) = self.bias {
-                        v = K::add(v, K::widen(bias[features.start..].as_ptr().add(i)));
-                    }
-                    K::narrow(out.as_mut_ptr().add(i), v);
+    unsafe fn block<K: Kernel>(&self, features: Range<usize>, sums: &mut Sums) {
+        let mut scales = UnitScales::new(self.weight, features.len());
+        // SAFETY: the caller's promises.
+        unsafe {
+            if self.weight.in_features % UNIT == 0 && self.layout.rows <= K::DIRECT_ROWS {
+                match self.layout.rows {
+                    1 => self.direct::<K, 1>(&mut scales, features, sums),
+                    2 if K::DIRECT_ROWS >= 2 => self.direct::<K, 2>(&mut scales, features, sums),
+                    _ if K::DIRECT_ROWS >= 3 => self.direct::<K, 3>(&mut scales, features, sums),
+                    _ => unreachable!("at most DIRECT_ROWS"),
                 }
-            }
-            for i in whole..out.len() {
-                let bias = self.bias.map(|b| b[features.start + i].to_f32());
-                out[i] = T::from_f32(bias.map_or(sums[i], |b| sums[i] + b));
+            } else {
+                self.tiled::<K>(&mut scales, features, sums);
             }
         }
     }
@@ -353,42 +368,52 @@ impl<T: Element> Product<'_, T> {
     /// Liberty 3, first way: a pair of weight rows at a time.
     ///
     /// # Safety
-    /// As for [`task`](Self::task); `M` is the number of rows and `in_features` a multiple of 8.
+    /// As for [`block`](Self::block); `M` is the number of rows and `in_features` a multiple of 8.
     #[inline(always)]
     unsafe fn direct<K: Kernel, const M: usize>(
         &self,
         scales: &mut UnitScales<'_>,
         features: Range<usize>,
-        sums: &mut [f32; MAX_ROWS * BLOCK],
+        sums: &mut Sums,
     ) {
-        let mut o = features.start;
-        while o < features.end {
-            let at = o - features.start;
-            // SAFETY: the caller's promises.
+        let k = self.weight.in_features;
+        let mut units = Buffer::<SPREAD_UNITS>::new();
+        // Short rows' scales are spread several pairs at a time.
+        let pairs = if k <= SEGMENT { SEGMENT / k.max(1) } else { 1 };
+        for start in features.clone().step_by(2 * pairs) {
+            let end = features.end.min(start + 2 * pairs);
+            // SAFETY: the caller's promises; the pairs' units fit the buffer.
             unsafe {
-                if o + 2 <= features.end {
-                    self.direct_rows::<K, M, 2>(scales, o, &mut sums[at..]);
-                    o += 2;
-                } else {
-                    self.direct_rows::<K, M, 1>(scales, o, &mut sums[at..]);
-                    o += 1;
+                if k <= SEGMENT {
+                    let units = units.part(0, (end - start) * k / UNIT);
+                    scales.fill::<K>(start * k, units);
+                }
+                for o in (start..end).step_by(2) {
+                    let units = (units.ptr(), (o - start) * k / UNIT);
+                    let at = o - features.start;
+                    if o + 2 <= end {
+                        self.direct_rows::<K, M, 2>(scales, o, units, at, sums);
+                    } else {
+                        self.direct_rows::<K, M, 1>(scales, o, units, at, sums);
+                    }
                 }
             }
         }
     }
 
     /// # Safety
-    /// As for [`direct`](Self::direct), for the weight rows `o..o + R`.
+    /// As for [`direct`](Self::direct), for the weight rows `o..o + R`; if rows are at most
+    /// `SEGMENT` long, the units' scales are at `units.0`, from `units.1` on.
     #[inline(always)]
     unsafe fn direct_rows<K: Kernel, const M: usize, const R: usize>(
         &self,
         scales: &mut UnitScales<'_>,
         o: usize,
-        sums: &mut [f32],
+        units: (*mut f32, usize),
+        at: usize,
+        sums: &mut Sums,
     ) {
         let k = self.weight.in_features;
-        let mut units = Buffer::<{ 2 * SEGMENT / UNIT }>::new();
-        let units = units.ptr();
         // SAFETY: per step below.
         unsafe {
             let table = K::table(self.weight.table);
@@ -396,46 +421,56 @@ impl<T: Element> Product<'_, T> {
             for start in (0..k).step_by(SEGMENT) {
                 let len = SEGMENT.min(k - start);
                 let (whole, rest) = (len / K::GROUP, len % K::GROUP);
-                let packed = self.weight.packed.as_ptr().add((o * k + start) / 2);
-                let x = self.x.add(self.layout.at(0, start / K::GROUP));
-                for r in 0..R {
-                    // `SEGMENT / UNIT` floats for each row; whole units, as `k % 8 == 0`.
-                    let units = units.add(r * (SEGMENT / UNIT));
-                    let units = std::slice::from_raw_parts_mut(units, len / UNIT);
-                    scales.fill((o + r) * k + start, units);
-                }
-                let group = |g: usize| (packed.add(g * K::GROUP / 2), units.add(g * K::LANES));
-                // Reads of 3 bytes past a group stay inside the row but for its last group.
-                for g in 0..whole.saturating_sub(1) {
-                    let (packed, units) = group(g);
-                    let x = x.add(g * K::GROUP * M);
-                    direct_group::<K, M, R, true>(table, packed, k / 2, units, x, &mut acc);
+                let (units, stride) = if k <= SEGMENT {
+                    (units.0.add(units.1), k / UNIT)
+                } else {
+                    for r in 0..R {
+                        let units = units.0.add(r * (SEGMENT / UNIT));
+                        let units = std::slice::from_raw_parts_mut(units, len / UNIT);
+                        scales.fill::<K>((o + r) * k + start, units);
+                    }
+                    (units.0, SEGMENT / UNIT)
+                };
+                let mut rows = Rows {
+                    packed: self.weight.packed.as_ptr().add((o * k + start) / 2),
+                    row_bytes: k / 2,
+                    units,
+                    row_units: stride,
+                    x: self.x.add(self.layout.at(0, start / K::GROUP)),
+                };
+                // Three bytes past a group are the row's, but for its last group.
+                for _ in 1..whole {
+                    rows.group::<K, M, R, true>(table, &mut acc);
+                    rows.packed = rows.packed.add(K::GROUP / 2);
+                    rows.units = rows.units.add(K::LANES);
+                    rows.x = rows.x.add(K::GROUP * M);
                 }
                 if whole > 0 {
-                    let (packed, units) = group(whole - 1);
-                    let x = x.add((whole - 1) * K::GROUP * M);
-                    direct_group::<K, M, R, false>(table, packed, k / 2, units, x, &mut acc);
+                    rows.group::<K, M, R, false>(table, &mut acc);
+                    rows.packed = rows.packed.add(K::GROUP / 2);
+                    rows.units = rows.units.add(K::LANES);
+                    rows.x = rows.x.add(K::GROUP * M);
                 }
                 if rest > 0 {
-                    // A copy padded with zeros, codes and scales, meets zeros in `x`.
+                    // Copies padded with zeros, codes and scales, meet zeros in `x`.
                     let mut bytes = [[0u8; 64]; R];
-                    let (packed, units) = group(whole);
+                    let mut scales = [[0.0f32; 16]; R];
                     for r in 0..R {
-                        let from = std::slice::from_raw_parts(packed.add(r * (k / 2)), rest / 2);
-                        bytes[r][..rest / 2].copy_from_slice(from);
-                        let units = units.add(r * (SEGMENT / UNIT));
-                        for unit in rest / UNIT..K::LANES {
-                            *units.add(unit) = 0.0;
-                        }
+                        let packed = rows.packed.add(r * rows.row_bytes);
+                        packed.copy_to_nonoverlapping(bytes[r].as_mut_ptr(), rest / 2);
+                        let units = rows.units.add(r * rows.row_units);
+                        units.copy_to_nonoverlapping(scales[r].as_mut_ptr(), rest / UNIT);
                     }
-                    let x = x.add(whole * K::GROUP * M);
-                    let bytes = bytes.as_ptr().cast();
-                    direct_group::<K, M, R, false>(table, bytes, 64, units, x, &mut acc);
+                    rows.packed = bytes.as_ptr().cast();
+                    rows.row_bytes = 64;
+                    rows.units = scales.as_ptr().cast();
+                    rows.row_units = 16;
+                    rows.group::<K, M, R, false>(table, &mut acc);
                 }
             }
             for m in 0..M {
                 for r in 0..R {
-                    sums[m * BLOCK + r] = K::sum(acc[m][r]);
+                    sums.0[m][at + r] = K::sum(acc[m][r]);
                 }
             }
         }
@@ -444,13 +479,13 @@ impl<T: Element> Product<'_, T> {
     /// Liberty 3, second way.
     ///
     /// # Safety
-    /// As for [`task`](Self::task).
+    /// As for [`block`](Self::block).
     #[inline(always)]
     unsafe fn tiled<K: Kernel>(
         &self,
         scales: &mut UnitScales<'_>,
         features: Range<usize>,
-        sums: &mut [f32; MAX_ROWS * BLOCK],
+        sums: &mut Sums,
     ) {
         const {
             assert!(BLOCK.is_multiple_of(K::WEIGHT_ROWS) && TILE.is_multiple_of(K::GROUP));
@@ -488,7 +523,7 @@ impl<T: Element> Product<'_, T> {
             }
             for i in 0..features.len() {
                 for m in 0..rows {
-                    sums[m * BLOCK + i] = K::sum(K::load(acc.add(lanes(i, m))));
+                    sums.0[m][i] = K::sum(K::load(acc.add(lanes(i, m))));
                 }
             }
         }
@@ -498,7 +533,7 @@ impl<T: Element> Product<'_, T> {
     /// `to + v * WEIGHT_ROWS * LANES`.
     ///
     /// # Safety
-    /// As for [`task`](Self::task); `codes` starts at a group and is no longer than `TILE`; `to`
+    /// As for [`block`](Self::block); `codes` starts at a group and is no longer than `TILE`; `to`
     /// has room for `WEIGHT_ROWS` rows of its groups, counted from the first row's start.
     #[inline(always)]
     unsafe fn decode<K: Kernel>(
@@ -529,7 +564,7 @@ impl<T: Element> Product<'_, T> {
         // SAFETY: per step below.
         unsafe {
             let spread = std::slice::from_raw_parts_mut(units, len.div_ceil(UNIT));
-            scales.fill(start, spread);
+            scales.fill::<K>(start, spread);
             let table = K::table(weight.table);
             let stride = K::WEIGHT_ROWS * K::LANES;
             let packed = bytes.as_ptr();
@@ -582,9 +617,6 @@ impl<T: Element> Product<'_, T> {
     }
 }
 
-#[repr(align(64))]
-struct Line3([f32; MAX_ROWS * BLOCK]);
-
 /// The inverse of [`Kernel::CODE_AT`].
 #[inline(always)]
 fn position<K: Kernel>(code: usize) -> usize {
@@ -601,48 +633,58 @@ fn position<K: Kernel>(code: usize) -> usize {
     K::CODE_AT.iter().position(|&c| c as usize == code).unwrap_or(0)
 }
 
-/// Adds a group of `R` weight rows, `row_bytes` apart, times `M` activation rows to `acc`.
-///
-/// # Safety
-/// As for [`Kernel`]; `packed` has a group (and 3 bytes, if `PAST_END`) of each row, `units` their
-/// scales `SEGMENT / UNIT` apart, `x` the group's vectors of `M` rows.
-#[inline(always)]
-unsafe fn direct_group<K: Kernel, const M: usize, const R: usize, const PAST_END: bool>(
-    table: K::Table,
+/// Where the direct way stands in a few weight rows.
+struct Rows {
     packed: *const u8,
     row_bytes: usize,
+    /// The units' scales.
     units: *const f32,
+    row_units: usize,
     x: *const f32,
-    acc: &mut [[K::V; R]; M],
-) {
-    let per_scale = GROUP_VECTORS / K::SCALES;
-    // SAFETY: the caller's promises.
-    unsafe {
-        let mut codes = [[K::zero(); GROUP_VECTORS]; R];
-        for r in 0..R {
-            let packed = packed.add(r * row_bytes);
-            K::prefetch(packed.wrapping_add(R * row_bytes));
-            codes[r] = K::codes::<PAST_END>(table, packed);
-        }
-        for s in 0..K::SCALES {
-            let mut part = [[K::zero(); R]; M];
-            for i in 0..per_scale {
-                let v = s * per_scale + i;
-                for m in 0..M {
-                    let x = K::load(x.add((v * M + m) * K::LANES));
-                    for r in 0..R {
-                        part[m][r] = if i == 0 {
-                            K::mul(codes[r][v], x)
-                        } else {
-                            K::fma(codes[r][v], x, part[m][r])
-                        };
+}
+
+impl Rows {
+    /// Adds a group of `R` weight rows times `M` activation rows to `acc`.
+    ///
+    /// # Safety
+    /// As for [`Kernel`]; `packed` has a group (and 3 bytes, if `PAST_END`) of each row, `units`
+    /// their scales, `x` the group's vectors of `M` rows.
+    #[inline(always)]
+    unsafe fn group<K: Kernel, const M: usize, const R: usize, const PAST_END: bool>(
+        &self,
+        table: K::Table,
+        acc: &mut [[K::V; R]; M],
+    ) {
+        let per_scale = GROUP_VECTORS / K::SCALES;
+        // SAFETY: the caller's promises.
+        unsafe {
+            let mut codes = [[K::zero(); GROUP_VECTORS]; R];
+            for r in 0..R {
+                let packed = self.packed.add(r * self.row_bytes);
+                // The same place in the next rows that this thread will come to.
+                K::prefetch(packed.wrapping_add(R * self.row_bytes));
+                codes[r] = K::codes::<PAST_END>(table, packed);
+            }
+            for s in 0..K::SCALES {
+                let mut part = [[K::zero(); R]; M];
+                for i in 0..per_scale {
+                    let v = s * per_scale + i;
+                    for m in 0..M {
+                        let x = K::load(self.x.add((v * M + m) * K::LANES));
+                        for r in 0..R {
+                            part[m][r] = if i == 0 {
+                                K::mul(codes[r][v], x)
+                            } else {
+                                K::fma(codes[r][v], x, part[m][r])
+                            };
+                        }
                     }
                 }
-            }
-            for r in 0..R {
-                let scale = K::scale(units.add(r * (SEGMENT / UNIT)), s);
-                for m in 0..M {
-                    acc[m][r] = K::fma(part[m][r], scale, acc[m][r]);
+                for r in 0..R {
+                    let scale = K::scale(self.units.add(r * self.row_units), s);
+                    for m in 0..M {
+                        acc[m][r] = K::fma(part[m][r], scale, acc[m][r]);
+                    }
                 }
             }
         }
@@ -758,7 +800,7 @@ struct UnitScales<'a> {
 }
 
 impl<'a> UnitScales<'a> {
-    /// For a task of `features` weight rows.
+    /// For a block of `features` weight rows.
     #[inline(always)]
     fn new(weight: &Weight4<'a>, features: usize) -> Self {
         let block = weight.blocks.blocksize().get();
@@ -768,57 +810,100 @@ impl<'a> UnitScales<'a> {
 
     /// The scales of the units that start at code `start` of the flattened weight; a unit that
     /// holds codes of two blocks gets the first one's.
+    ///
+    /// # Safety
+    /// As for [`Kernel`].
     #[inline(always)]
-    fn fill(&mut self, start: usize, units: &mut [f32]) {
-        match self.scales {
-            Scales::Plain(absmax) => fill_units(self.block, start, units, |i| absmax[i]),
-            Scales::Nested(NestedScales { absmax, code, absmax2, blocksize, offset }) => {
-                let shift = blocksize.get().trailing_zeros();
-                if self.tabulate {
-                    let (second, table) = (&mut self.second, &mut self.table);
-                    fill_units(self.block, start, units, |i| {
-                        if *second != i >> shift {
-                            *second = i >> shift;
-                            let absmax2 = absmax2[*second];
-                            for (t, c) in table.iter_mut().zip(code) {
-                                *t = c * absmax2 + offset;
+    unsafe fn fill<K: Kernel>(&mut self, start: usize, units: &mut [f32]) {
+        let first = start / self.block;
+        let runs = UnitRuns { block: self.block, start };
+        let last = first + runs.blocks(units.len());
+        // SAFETY: the caller's promises.
+        unsafe {
+            match self.scales {
+                Scales::Plain(absmax) => {
+                    runs.fill::<K>(first, absmax[first..last].iter().copied(), units);
+                }
+                Scales::Nested(nested) => {
+                    let shift = nested.blocksize.get().trailing_zeros();
+                    let mut at = first;
+                    while at < last {
+                        // The scales of one second-level block.
+                        let second = at >> shift;
+                        let end = last.min((second + 1) << shift);
+                        let indices = nested.absmax[at..end].iter();
+                        let absmax2 = nested.absmax2[second];
+                        if self.tabulate {
+                            if self.second != second {
+                                self.second = second;
+                                for (t, c) in self.table.iter_mut().zip(nested.code) {
+                                    *t = c * absmax2 + nested.offset;
+                                }
                             }
+                            let table = &self.table;
+                            runs.fill::<K>(at, indices.map(|&i| table[i as usize]), units);
+                        } else {
+                            let scale = |&i: &u8| nested.code[i as usize] * absmax2 + nested.offset;
+                            runs.fill::<K>(at, indices.map(scale), units);
                         }
-                        table[absmax[i] as usize]
-                    });
-                } else {
-                    fill_units(self.block, start, units, |i| {
-                        code[absmax[i] as usize] * absmax2[i >> shift] + offset
-                    });
+                        at = end;
+                    }
                 }
             }
         }
     }
 }
 
-/// Sets each unit to the scale of the block that its first code belongs to.
-#[inline(always)]
-fn fill_units(block: usize, start: usize, units: &mut [f32], mut scale: impl FnMut(usize) -> f32) {
-    let first = start / block;
-    if block == 64 && start % 64 == 0 {
-        // The usual case: a block is 8 units.
-        let (blocks, rest) = units.as_chunks_mut::<8>();
-        let count = blocks.len();
-        for (i, units) in blocks.iter_mut().enumerate() {
-            *units = [scale(first + i); 8];
-        }
-        if !rest.is_empty() {
-            rest.fill(scale(first + count));
-        }
-        return;
+/// The units from code `start` of the flattened weight on, as runs of the same block.
+#[derive(Clone, Copy)]
+struct UnitRuns {
+    block: usize,
+    start: usize,
+}
+
+impl UnitRuns {
+    /// The units before those that start in `block`.
+    #[inline(always)]
+    fn before(self, block: usize) -> usize {
+        (block * self.block).saturating_sub(self.start).div_ceil(UNIT)
     }
-    let mut unit = 0;
-    for i in first.. {
-        if unit == units.len() {
-            break;
+
+    /// In how many blocks the first `units` start.
+    #[inline(always)]
+    fn blocks(self, units: usize) -> usize {
+        match units {
+            0 => 0,
+            _ => (self.start + (units - 1) * UNIT) / self.block - self.start / self.block + 1,
         }
-        let end = ((i + 1) * block - start).div_ceil(UNIT).min(units.len());
-        units[unit..end].fill(scale(i));
-        unit = end;
+    }
+
+    /// Sets the units that start in the blocks from `first` on, whose scales are given.
+    ///
+    /// # Safety
+    /// As for [`Kernel`].
+    #[inline(always)]
+    unsafe fn fill<K: Kernel>(
+        self,
+        first: usize,
+        scales: impl ExactSizeIterator<Item = f32>,
+        units: &mut [f32],
+    ) {
+        let from = self.before(first);
+        let to = self.before(first + scales.len()).min(units.len());
+        let units = &mut units[from..to];
+        if self.block == 64 && self.start % 64 == 0 && units.len() == scales.len() * 8 {
+            // The usual case: a block is 8 units.
+            for (units, scale) in units.as_chunks_mut::<8>().0.iter_mut().zip(scales) {
+                // SAFETY: 8 floats.
+                unsafe { K::splat8(units.as_mut_ptr(), scale) };
+            }
+            return;
+        }
+        for (i, scale) in scales.enumerate() {
+            let end = self.before(first + i + 1) - from;
+            let start = self.before(first + i) - from;
+            let end = end.min(units.len());
+            units[start..end].fill(scale);
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! AArch64 Advanced SIMD. `tbl` looks a nibble up in 16 bytes: once for each byte of a float32,
 //! the four results interleaved.
 
-use super::{GROUP_VECTORS, Kernel, Layout, Line, Product, pack};
+use super::{GROUP_VECTORS, Kernel, Layout, Line, Product, Sums, finish, pack};
 use crate::Element;
 use std::arch::aarch64::*;
 use std::ops::Range;
@@ -118,12 +118,25 @@ impl Kernel for Neon {
         unsafe { T::store4(to, v) }
     }
 
+    #[inline(always)]
+    unsafe fn splat8(to: *mut f32, scale: f32) {
+        // SAFETY: room for 8 floats.
+        unsafe {
+            vst1q_f32(to, vdupq_n_f32(scale));
+            vst1q_f32(to.add(4), vdupq_n_f32(scale));
+        }
+    }
+
     unsafe fn pack<T: Element>(input: &[T], layout: Layout, to: &mut [Line]) {
         // SAFETY: the caller's promises.
         unsafe { pack::<T, Self>(input, layout, to) }
     }
-    unsafe fn task<T: Element>(product: &Product<'_, T>, features: Range<usize>) {
+    unsafe fn block(product: &Product<'_>, features: Range<usize>, sums: &mut Sums) {
         // SAFETY: the caller's promises.
-        unsafe { product.task::<Self>(features) }
+        unsafe { product.block::<Self>(features, sums) }
+    }
+    unsafe fn finish<T: Element>(sums: &[f32], bias: Option<&[T]>, out: &mut [T]) {
+        // SAFETY: the caller's promises.
+        unsafe { finish::<T, Self>(sums, bias, out) }
     }
 }
