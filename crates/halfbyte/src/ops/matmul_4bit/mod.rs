@@ -1,6 +1,7 @@
 //! `matmul_4bit`: activations times a 4-bit weight, and the gradient of the activations. The
 //! dequantized weight is never stored.
 
+mod few_rows;
 mod scalar;
 #[cfg(test)]
 mod tests;
@@ -113,6 +114,9 @@ fn run<T: Element>(
     bias: Option<&[T]>,
     out: &mut [T],
 ) {
+    if rows <= few_rows::MAX_ROWS {
+        return few_rows::forward(isa, input, rows, weight, bias, out);
+    }
     match isa {
         _ => scalar::forward(input, rows, weight, bias, out),
     }
