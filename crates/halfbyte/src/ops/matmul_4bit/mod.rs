@@ -1,6 +1,7 @@
 //! `matmul_4bit`: activations times a 4-bit weight, and the gradient of the activations. The
 //! dequantized weight is never stored.
 
+mod many_rows;
 mod scalar;
 #[cfg(test)]
 mod tests;
@@ -108,9 +109,7 @@ fn run<T: Element>(
     bias: Option<&[T]>,
     out: &mut [T],
 ) {
-    match isa {
-        _ => scalar::forward(input, rows, weight, bias, out),
-    }
+    many_rows::forward(isa, input, rows, weight, bias, out);
 }
 
 fn run_grad<T: Element>(
@@ -120,7 +119,5 @@ fn run_grad<T: Element>(
     weight: &Weight4<'_>,
     out: &mut [T],
 ) {
-    match isa {
-        _ => scalar::grad_input(grad_output, rows, weight, out),
-    }
+    many_rows::grad_input(isa, grad_output, rows, weight, out);
 }
