@@ -2,6 +2,7 @@
 //! dequantized weight is never stored.
 
 mod few_rows;
+mod many_rows;
 mod scalar;
 #[cfg(test)]
 mod tests;
@@ -115,10 +116,9 @@ fn run<T: Element>(
     out: &mut [T],
 ) {
     if rows <= few_rows::MAX_ROWS {
-        return few_rows::forward(isa, input, rows, weight, bias, out);
-    }
-    match isa {
-        _ => scalar::forward(input, rows, weight, bias, out),
+        few_rows::forward(isa, input, rows, weight, bias, out);
+    } else {
+        many_rows::forward(isa, input, rows, weight, bias, out);
     }
 }
 
@@ -129,7 +129,5 @@ fn run_grad<T: Element>(
     weight: &Weight4<'_>,
     out: &mut [T],
 ) {
-    match isa {
-        _ => scalar::grad_input(grad_output, rows, weight, out),
-    }
+    many_rows::grad_input(isa, grad_output, rows, weight, out);
 }
