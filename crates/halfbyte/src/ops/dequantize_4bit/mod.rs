@@ -73,14 +73,14 @@ fn run<T: Element>(
     threads::run(chunks.count(), |i| {
         let r = chunks.range(i);
         let packed = &packed[r.start / 2..r.end.div_ceil(2)];
-        let mut buffer = [0.0; MAX_SCALES];
+        let mut buffer;
         let which = r.start / b..r.end.div_ceil(b);
         let absmax = match scales {
             Scales::Plain(absmax) => &absmax[which],
             Scales::Nested(_) => {
-                let buffer = &mut buffer[..which.len()];
-                scales.decode(which.start, buffer);
-                buffer
+                buffer = [0.0; MAX_SCALES];
+                scales.decode(which.start, &mut buffer[..which.len()]);
+                &buffer[..which.len()]
             }
         };
         // SAFETY: chunks are disjoint and start at block borders, hence at byte borders. `isa`

@@ -15,6 +15,7 @@
 
 use crate::blocks::BlockSize;
 use crate::{DType, Element};
+#[allow(clippy::wildcard_imports)] // the instruction set
 use std::arch::aarch64::*;
 
 /// Elements per step.

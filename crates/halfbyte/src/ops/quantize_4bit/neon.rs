@@ -19,6 +19,7 @@ use super::staircase::Staircase;
 use crate::blocks::BlockSize;
 use crate::code::Code4;
 use crate::{DType, Element, f16};
+#[allow(clippy::wildcard_imports)] // the instruction set
 use std::arch::aarch64::*;
 
 pub(super) struct Neon;
