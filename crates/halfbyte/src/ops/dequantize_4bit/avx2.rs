@@ -16,6 +16,7 @@
 
 use crate::blocks::BlockSize;
 use crate::{DType, Element};
+#[allow(clippy::wildcard_imports)] // the instruction set
 use std::arch::x86_64::*;
 
 /// Elements per step.

@@ -13,11 +13,15 @@
 //!    bit 0 of an index means nothing and its bits above 4 are not read. Both nibbles then come
 //!    from one shift by 11 or 7 of a word that holds the byte twice, without masking. float32
 //!    elements: likewise by 4 or 0, 16 at a time.
-//! 3. A block's last group of fewer than 32 elements goes through buffers on the stack.
+//! 3. Stores stay in the cache: streaming stores are 2.5 times as fast into a warm output of 64 MiB
+//!    or more, but cost whoever reads a smaller one next more than they save, and a third more
+//!    time on fresh pages, which is what a new tensor of that size is (2-core Xeon, 2026-11).
+//! 4. A block's last group of fewer than 32 elements goes through buffers on the stack.
 
 use crate::arch::x86::bf16_bits16;
 use crate::blocks::BlockSize;
 use crate::{DType, Element};
+#[allow(clippy::wildcard_imports)] // the instruction set
 use std::arch::x86_64::*;
 
 /// Elements per step.
@@ -117,7 +121,7 @@ unsafe fn decode<T: Element>(bytes: *const u8, values: __m512i, out: *mut T) {
         0x0101_0101,
         0,
     );
-    let high_first = _mm512_set1_epi32(7 << 16 | 11);
+    let high_first = _mm512_set1_epi32(0x0007_000B);
     // SAFETY: the caller guarantees 16 bytes and 32 elements.
     unsafe {
         let sixteen = _mm512_broadcast_i32x4(_mm_loadu_si128(bytes.cast()));

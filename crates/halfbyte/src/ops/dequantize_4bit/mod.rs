@@ -4,6 +4,8 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod scalar;
 #[cfg(test)]
 mod tests;
@@ -50,6 +52,8 @@ fn kernel<T: Element>(isa: Isa) -> Kernel<T> {
         Isa::Avx512 => avx512::dequantize::<T>,
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => avx2::dequantize::<T>,
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => neon::dequantize::<T>,
         _ => scalar::dequantize::<T>,
     }
 }
@@ -69,14 +73,14 @@ fn run<T: Element>(
     threads::run(chunks.count(), |i| {
         let r = chunks.range(i);
         let packed = &packed[r.start / 2..r.end.div_ceil(2)];
-        let mut buffer = [0.0; MAX_SCALES];
+        let mut buffer;
         let which = r.start / b..r.end.div_ceil(b);
         let absmax = match scales {
             Scales::Plain(absmax) => &absmax[which],
             Scales::Nested(_) => {
-                let buffer = &mut buffer[..which.len()];
-                scales.decode(which.start, buffer);
-                buffer
+                buffer = [0.0; MAX_SCALES];
+                scales.decode(which.start, &mut buffer[..which.len()]);
+                &buffer[..which.len()]
             }
         };
         // SAFETY: chunks are disjoint and start at block borders, hence at byte borders. `isa`

@@ -14,11 +14,17 @@ fn decode_with<T: Element>(
     table: &[f32; 16],
     blocks: Blocks,
 ) -> Vec<u32> {
-    // Other than any result, so that an unwritten element shows.
-    let mut out = vec![T::from_f32(-12345.0); blocks.len()];
-    run(isa, packed, scales, table, blocks, &mut out);
+    // What no result is, so that an unwritten element shows, and around the buffer, so that a stray
+    // write does.
+    const GUARD: usize = 64;
+    let filler = T::from_f32(-12345.0);
+    let mut out = vec![filler; blocks.len() + 2 * GUARD];
+    run(isa, packed, scales, table, blocks, &mut out[GUARD..blocks.len() + GUARD]);
+    let (before, out) = out.split_at(GUARD);
+    let (out, after) = out.split_at(blocks.len());
+    assert!(before.iter().chain(after).all(|x| *x == filler), "{isa} wrote past out");
     let bits = |x: f32| if x.is_nan() { f32::NAN.to_bits() } else { x.to_bits() };
-    out.into_iter().map(|x| bits(x.to_f32())).collect()
+    out.iter().map(|x| bits(x.to_f32())).collect()
 }
 
 fn assert_all_agree<T: Element>(

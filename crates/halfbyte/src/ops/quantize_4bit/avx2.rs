@@ -17,12 +17,14 @@
 //! 3. Four vectors of 32-bit lanes are narrowed to 32 bytes at once, by two levels of in-lane
 //!    packing and one permute that undoes the lanes.
 //! 4. bfloat16 needs no shuffle to part even from odd: each 32-bit lane holds one of both.
+//! 5. The chunk after this one is prefetched while this one is encoded.
 
-use super::chunked::{GROUP, ROW, Variant};
+use super::chunked::{CHUNK, GROUP, ROW, Variant};
 use super::staircase::Staircase;
 use crate::blocks::BlockSize;
 use crate::code::Code4;
 use crate::{DType, Element};
+#[allow(clippy::wildcard_imports)] // the instruction set
 use std::arch::x86_64::*;
 
 /// Elements whose codes fill a vector.
@@ -75,6 +77,7 @@ impl Variant for Avx2 {
                     // Undoes the in-lane shuffle of `load_pairs`.
                     *word = _mm256_permute4x64_epi64::<0b11_01_10_00>(*word);
                 }
+                prefetch_sixteen(part.as_ptr().wrapping_add(CHUNK + j * 16));
             }
             let codes = encoder.codes(narrow(words));
             // SAFETY: `bytes` holds 32 bytes.
@@ -102,6 +105,15 @@ unsafe fn load_pairs<T: Element>(x: *const T) -> (__m256, __m256) {
         let (a, b) = (T::load8(x), T::load8(x.add(8)));
         (_mm256_shuffle_ps::<0b10_00_10_00>(a, b), _mm256_shuffle_ps::<0b11_01_11_01>(a, b))
     }
+}
+
+/// Asks for the line in which 16 elements at any address begin.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+#[allow(unused_unsafe)] // a safe function in newer compilers
+fn prefetch_sixteen<T: Element>(x: *const T) {
+    // SAFETY: a prefetch never faults.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(x.cast::<i8>()) }
 }
 
 /// The tables in registers.

@@ -25,6 +25,7 @@ use super::staircase::{Cells, Staircase};
 use crate::blocks::BlockSize;
 use crate::code::Code4;
 use crate::{DType, Element};
+#[allow(clippy::wildcard_imports)] // the instruction set
 use std::arch::x86_64::*;
 
 pub(super) struct Avx512;
@@ -69,14 +70,7 @@ impl Variant for Avx512 {
                 // SAFETY: a group holds four rows of 32 elements.
                 let (even, odd) = unsafe { load_pairs(group.as_ptr().add(row * ROW)) };
                 *word = encoder.bytes(_mm512_mul_ps(even, r), _mm512_mul_ps(odd, r));
-                for line in (0..ROW * size_of::<T>()).step_by(64) {
-                    let ahead = group.as_ptr().wrapping_add(CHUNK + row * ROW);
-                    // SAFETY: a prefetch may name any address.
-                    #[allow(unused_unsafe)] // a safe function in newer compilers
-                    unsafe {
-                        _mm_prefetch::<_MM_HINT_T0>(ahead.cast::<i8>().wrapping_add(line))
-                    };
-                }
+                prefetch_row(group.as_ptr().wrapping_add(CHUNK + row * ROW));
             }
             let codes = encoder.codes(narrow(words));
             // SAFETY: `bytes` holds 64 bytes.
@@ -104,6 +98,17 @@ unsafe fn load_pairs<T: Element>(x: *const T) -> (__m512, __m512) {
         let even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
         let odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
         (_mm512_permutex2var_ps(a, even, b), _mm512_permutex2var_ps(a, odd, b))
+    }
+}
+
+/// Asks for the lines of 32 elements at any address.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+#[allow(unused_unsafe)] // a safe function in newer compilers
+fn prefetch_row<T: Element>(x: *const T) {
+    for line in (0..ROW * size_of::<T>()).step_by(64) {
+        // SAFETY: a prefetch never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(x.cast::<i8>().wrapping_add(line)) }
     }
 }
 

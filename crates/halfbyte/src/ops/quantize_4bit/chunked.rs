@@ -86,7 +86,7 @@ unsafe fn chunk<T: Element, V: Variant>(
     if rows < x.len() {
         let rest = normalize::absmax(&x[rows..]);
         let scale = &mut absmax[rows / b];
-        let begun = if rows % b == 0 { 0 } else { scale.to_bits() };
+        let begun = if rows.is_multiple_of(b) { 0 } else { scale.to_bits() };
         *scale = f32::from_bits(rest.to_bits().max(begun));
     }
 

@@ -5,6 +5,8 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod chunked;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod scalar;
 mod staircase;
 #[cfg(test)]
@@ -70,6 +72,8 @@ fn kernel<T: Element>(isa: Isa) -> Kernel<T> {
         Isa::Avx512 => chunked::quantize::<T, avx512::Avx512>,
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => chunked::quantize::<T, avx2::Avx2>,
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => chunked::quantize::<T, neon::Neon>,
         _ => scalar::quantize::<T>,
     }
 }

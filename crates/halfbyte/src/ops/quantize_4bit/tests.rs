@@ -9,11 +9,20 @@ use proptest::prelude::*;
 type Quantized = (Vec<u8>, Vec<u32>);
 
 fn quantize_with<T: Element>(isa: Isa, input: &[T], code: Code4, blocks: Blocks) -> Quantized {
-    // Other than any result, so that an unwritten byte or scale shows.
-    let mut packed = vec![0x5A; blocks.packed_len()];
-    let mut absmax = vec![-1.0f32; blocks.count()];
-    run(isa, input, code, blocks, &mut packed, &mut absmax);
-    (packed, absmax.into_iter().map(f32::to_bits).collect())
+    // What no result is, so that an unwritten byte or scale shows, and around the buffers, so that
+    // a stray write does.
+    const GUARD: usize = 64;
+    let mut packed = vec![0x5A; blocks.packed_len() + 2 * GUARD];
+    let mut absmax = vec![-1.0f32; blocks.count() + 2 * GUARD];
+    let (bytes, scales) = (blocks.packed_len() + GUARD, blocks.count() + GUARD);
+    run(isa, input, code, blocks, &mut packed[GUARD..bytes], &mut absmax[GUARD..scales]);
+    let (before, packed) = packed.split_at(GUARD);
+    let (packed, after) = packed.split_at(blocks.packed_len());
+    assert!(before.iter().chain(after).all(|&byte| byte == 0x5A), "{isa} wrote past packed");
+    let (before, absmax) = absmax.split_at(GUARD);
+    let (absmax, after) = absmax.split_at(blocks.count());
+    assert!(before.iter().chain(after).all(|&scale| scale == -1.0), "{isa} wrote past absmax");
+    (packed.to_vec(), absmax.iter().map(|a| a.to_bits()).collect())
 }
 
 fn assert_all_agree<T: Element>(values: &[f32], blocksize: BlockSize) {
