@@ -40,8 +40,7 @@ _SCHEMAS = {
     "dequantize_4bit": f"(Tensor A, {_WEIGHT}, ScalarType dtype) -> Tensor",
     "dequantize_4bit.out": f"(Tensor A, {_WEIGHT}, ScalarType dtype, Tensor(a!) out) -> ()",
     "dequantize_4bit.state": f"(Tensor A, {_WEIGHT}, ScalarType dtype, {_STATE}) -> Tensor",
-    "dequantize_4bit.state_out": "(Tensor A, Tensor absmax, int blocksize, str quant_type,"
-    f" {_STATE}, Tensor(a!) out) -> ()",
+    "dequantize_4bit.state_out": f"(Tensor A, {_WEIGHT}, {_STATE}, Tensor(a!) out) -> ()",
     "quantize_blockwise": "(Tensor A, Tensor code, int blocksize) -> (Tensor, Tensor)",
     "quantize_blockwise.out": "(Tensor A, Tensor code, int blocksize, Tensor(a!) out,"
     " Tensor(b!) absmax) -> ()",
@@ -86,12 +85,11 @@ def failure(error: Exception) -> Exception:
 # ---- shapes and dtypes, for meta tensors, FakeTensor, torch.compile and torch.export ------------
 
 
-def _same_device(first: Tensor, *others: Tensor | None) -> None:
-    for other in others:
-        if other is not None and other.device != first.device:
-            raise ValueError(
-                f"all tensors must be on the same device, got {first.device} and {other.device}"
-            )
+def _same_device(*tensors: Tensor | None) -> None:
+    devices = {tensor.device for tensor in tensors if tensor is not None}
+    if len(devices) > 1:
+        listed = ", ".join(sorted(str(device) for device in devices))
+        raise ValueError(f"all tensors must be on the same device, got {listed}")
 
 
 def _float(what: str, dtype: torch.dtype) -> torch.dtype:
@@ -174,6 +172,7 @@ def _dequantize_4bit_state_out(
     absmax: Tensor,
     blocksize: int,
     quant_type: str,
+    shape: Sequence[int],
     code: Tensor | None,
     absmax2: Tensor | None,
     code2: Tensor | None,
@@ -398,14 +397,36 @@ _GRADIENTS = {
 }
 
 
+def _count_writes(library: torch.library.Library, name: str) -> None:
+    """Makes autograd notice that an op writes to its output arguments."""
+    packet, _, overload = name.partition(".")
+    op = getattr(getattr(torch.ops, NAMESPACE), packet)
+    op = getattr(op, overload)
+    written = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None]
+
+    def kernel(keyset: Any, *args: Any) -> None:
+        torch.autograd.graph.increment_version([args[i] for i in written])
+        op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    library.impl(name, kernel, "ADInplaceOrView", with_keyset=True)
+
+
+_KEPT: list[torch.library.Library] = []
+"""What is registered through these goes when they do."""
+
+
 def _register() -> None:
     """Defines everything under this package's namespace, once per process."""
     if native.is_registered(NAMESPACE):
         return
+    library = torch.library.Library(NAMESPACE, "FRAGMENT")
+    _KEPT.append(library)
     for name, schema in _SCHEMAS.items():
         op = f"{NAMESPACE}::{name}"
         torch.library.define(op, schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(op, _FAKES[name])
+        if "!" in schema:
+            _count_writes(library, name)
     for name, (backward, setup) in _GRADIENTS.items():
         torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup)
     native.register(NAMESPACE)

@@ -551,10 +551,11 @@ def dequantize_4bit(
                     A, s.absmax, s.blocksize, s.quant_type, s.shape, s.dtype, code, *nested
                 )
         else:
-            if s.shape is not None and tuple(out.shape) != tuple(s.shape):
-                raise ValueError(f"out must have shape {list(s.shape)}, got {list(out.shape)}")
+            shape = out.shape if s.shape is None else s.shape
             nested = _nested(s) if s.nested else _NOT_NESTED
-            _dequantize_4bit_out(A, s.absmax, s.blocksize, s.quant_type, s._table(), *nested, out)
+            _dequantize_4bit_out(
+                A, s.absmax, s.blocksize, s.quant_type, shape, s._table(), *nested, out
+            )
             result = out
     except (RuntimeError, NotImplementedError) as error:
         raise failure(error) from None

@@ -1,4 +1,4 @@
-"""The definitions of numerics.md, written a second time in plain PyTorch: what the tests compare to."""
+"""The definitions of numerics.md, written again in plain PyTorch: what the tests compare to."""
 
 from __future__ import annotations
 

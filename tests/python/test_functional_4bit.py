@@ -12,7 +12,6 @@ from halfbyte import functional as F
 from halfbyte import matmul_4bit
 
 
-
 @pytest.mark.parametrize("dtype", ref.FLOATS, ids=str)
 @pytest.mark.parametrize("shape", ref.SHAPES, ids=str)
 def test_quantize_gives_the_bytes_of_the_definition(shape, dtype):
@@ -351,7 +350,9 @@ def test_a_weight_of_the_legacy_orientation_warns_and_works():
 
 
 def weight_and_state(**changes):
-    packed, state = F.quantize_4bit(ref.samples((64, 96)), quant_type="nf4", compress_statistics=True)
+    packed, state = F.quantize_4bit(
+        ref.samples((64, 96)), quant_type="nf4", compress_statistics=True
+    )
     for name, value in changes.items():
         owner, _, attribute = name.rpartition("__")
         setattr(state.state2 if owner else state, attribute, value)

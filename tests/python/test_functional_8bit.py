@@ -193,7 +193,7 @@ def test_4bit_types():
 
 def golden_maps():
     for name in load_file(GOLDEN / "codes.safetensors"):
-        kind, *rest = name.split("/")[1].split("-", 1)
+        kind = name.split("/")[1].partition("-")[0]
         if kind in ("dynamic", "linear", "normal", "fp8"):
             yield name.split("/")[1]
 

@@ -654,14 +654,6 @@ def test_state_on_another_device_is_brought_to_the_weight():
     assert seen == [torch.device("cpu")]
 
 
-def test_per_sample_gradients():
-    module = layer()
-    x = torch.randn(3, 96)
-    got = torch.func.grad(lambda v: module(v).sum())(x)
-    w = dequantize_4bit(module.weight.data, module.weight.quant_state).double()
-    assert_close(got, torch.ones(3, 64, dtype=torch.float64) @ w)
-
-
 def test_made_by_hand():
     """unsloth builds weights with _make_subclass and sets what it needs."""
     module = layer()
@@ -784,7 +776,7 @@ def test_tied_weights_stay_tied():
 
 
 def test_offloading_through_meta():
-    """accelerate: the weight rests on meta, its packed copy elsewhere, and comes back for a call."""
+    """accelerate: the weight rests on meta, its bytes elsewhere, and comes back for a call."""
     module = layer()
     x = torch.randn(2, 96)
     want = module(x)

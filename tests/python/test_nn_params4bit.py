@@ -275,6 +275,15 @@ def test_type_without_argument():
     assert Params4bit(weight(2, 2)).type() == "torch.FloatTensor"
 
 
+def test_a_float_weight_put_back_into_a_packed_parameter_is_packed_again():
+    p = packed(8, 64)
+    new = weight(8, 64, seed=1)
+    p.data = new
+    assert p.half().dtype == torch.float16
+    p = p.to("cpu")
+    assert raw(p) == raw(Params4bit(new, quant_type="nf4").to("cpu"))
+
+
 # --- Prequantized ------------------------------------------------------------------------------
 
 
@@ -322,7 +331,7 @@ def test_from_prequantized_with_a_wrong_length(rows):
 
 
 def test_from_prequantized_without_statistics():
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match="neither"):
         Params4bit.from_prequantized(torch.zeros(4, 1, dtype=torch.uint8), {}, device="cpu")
 
 
@@ -378,6 +387,14 @@ def test_deepcopy_is_independent_and_copy_is_not():
     assert shallow.quant_state is p.quant_state
     memo: dict = {}
     assert copy.deepcopy(p, memo) is copy.deepcopy(p, memo)
+
+
+def test_deepcopy_of_an_owner_owns_its_copy():
+    owner = nn.Module()
+    owner.w = Params4bit(weight(8, 64), module=owner).to("cpu")
+    twin = copy.deepcopy(owner)
+    assert twin.w.module is twin
+    assert copy.deepcopy(owner.w).module is owner
 
 
 def test_unpacked_round_trips():

@@ -133,6 +133,14 @@ def test_other_storage_is_the_same_bytes(theirs, ours, shape):
     assert torch.equal(target(x), source(x))
 
 
+def test_loading_into_a_weight_that_wants_gradients():
+    """model.requires_grad_(True) before the load: packed integers cannot have one."""
+    target = linear(1).requires_grad_(True)
+    target.load_state_dict(quantized().state_dict())
+    assert not target.weight.requires_grad
+    assert target.bias.requires_grad
+
+
 def test_the_parameter_object_stays():
     for target in (linear(1), quantized(1)):
         before = target.weight
@@ -255,7 +263,7 @@ def test_packed_codes_alone_are_not_loaded():
     """Upstream copies them and keeps the scales of another weight."""
     target = quantized(1)
     before = raw(target.weight)
-    with pytest.raises(RuntimeError, match="weight.absmax"):
+    with pytest.raises(RuntimeError, match=r"weight\.absmax"):
         target.load_state_dict({"weight": quantized().weight.data, "bias": torch.zeros(64)})
     assert raw(target.weight) == before
 
@@ -263,7 +271,7 @@ def test_packed_codes_alone_are_not_loaded():
 def test_a_missing_weight_is_missing():
     target = quantized(1)
     bias = {"bias": torch.zeros(64)}
-    with pytest.raises(RuntimeError, match='Missing key.*"weight"'):
+    with pytest.raises(RuntimeError, match=r'Missing key.*"weight"'):
         target.load_state_dict(bias)
     assert target.load_state_dict(bias, strict=False).missing_keys == ["weight"]
     assert torch.equal(target.bias, torch.zeros(64))
@@ -272,7 +280,7 @@ def test_a_missing_weight_is_missing():
 def test_a_missing_bias_is_missing():
     saved = quantized().state_dict()
     del saved["bias"]
-    with pytest.raises(RuntimeError, match='Missing key.*"bias"'):
+    with pytest.raises(RuntimeError, match=r'Missing key.*"bias"'):
         linear(1).load_state_dict(saved)
     target = linear(1)
     assert target.load_state_dict(saved, strict=False).missing_keys == ["bias"]
@@ -310,7 +318,7 @@ def test_wrong_shape(ready):
 def test_wrong_length(rows):
     saved = quantized().state_dict()
     saved["weight"] = torch.zeros(rows, 1, dtype=torch.uint8)
-    with pytest.raises(RuntimeError, match="takes 3072 elements of torch.uint8"):
+    with pytest.raises(RuntimeError, match=r"takes 3072 elements of torch\.uint8"):
         linear(1).load_state_dict(saved)
 
 
@@ -341,7 +349,7 @@ def test_two_states():
 def test_not_a_tensor():
     saved = quantized().state_dict()
     saved["weight.absmax"] = 3
-    with pytest.raises(RuntimeError, match="weight.absmax: expected a tensor, got int"):
+    with pytest.raises(RuntimeError, match=r"weight\.absmax: expected a tensor, got int"):
         linear(1).load_state_dict(saved)
 
 
@@ -349,7 +357,7 @@ def test_errors_carry_the_prefix():
     model = nn.Sequential(nn.ReLU(), linear(1))
     saved = {f"1.{k}": v for k, v in quantized().state_dict().items()}
     del saved["1.weight.absmax"]
-    with pytest.raises(RuntimeError, match='"1.weight.absmax"'):
+    with pytest.raises(RuntimeError, match=r'"1\.weight\.absmax"'):
         model.load_state_dict(saved)
 
 

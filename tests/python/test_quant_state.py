@@ -99,7 +99,8 @@ def test_dictionaries_have_upstreams_keys_in_its_order():
     text = bytes(packed["quant_state.bitsandbytes__nf4"].tolist()).decode()
     assert text == (
         '{"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [64, 96], '
-        f'"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": {state.offset.item()!r}}}'
+        '"nested_blocksize": 256, "nested_dtype": "float32", '
+        f'"nested_offset": {state.offset.item()!r}}}'
     )
     assert list(make(nested=False)[1].as_dict(packed=True)) == [
         "absmax",
@@ -222,7 +223,9 @@ def test_dictionaries_in_tensors():
     source = {"a": 1, "b": [1, 2.5, None], "c": "é", "d": {"e": True}}
     packed = pack_dict_to_tensor(source)
     assert packed.dtype == torch.uint8
-    assert bytes(packed.tolist()).decode().startswith('{"a": 1, "b": [1, 2.5, null], "c": "\\u00e9"')
+    assert (
+        bytes(packed.tolist()).decode().startswith('{"a": 1, "b": [1, 2.5, null], "c": "\\u00e9"')
+    )
     assert unpack_tensor_to_dict(packed) == source
     with pytest.raises(TypeError):
         pack_dict_to_tensor({"a": object()})

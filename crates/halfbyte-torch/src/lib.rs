@@ -1,6 +1,6 @@
-//! # halfbyte's PyTorch extension
+//! # halfbyte's extension for `PyTorch`
 //!
-//! Registers kernels with PyTorch's dispatcher straight from Rust, through the C shim of the
+//! Registers kernels with the dispatcher of `PyTorch` straight from Rust, through the C shim of the
 //! stable ABI (torch 2.10 and newer), without a line of C++ and without linking against torch.
 //!
 //! - [`shim`]: the C functions of libtorch, bound at run time;

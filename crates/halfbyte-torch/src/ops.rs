@@ -4,9 +4,12 @@
 //! [`ops!`] must equal the schemas there, in order and type. Every buffer's length is checked
 //! here or by the core before a kernel reads it.
 
+// Kernels own their arguments, whether or not they use them up.
+#![allow(clippy::needless_pass_by_value)]
+
 use crate::error::{Error, Result};
 use crate::shim::shim;
-use crate::stack::{Ints, Str, ops};
+use crate::stack::{Ints, Str, group, ops};
 use crate::tensor::{Destination, Scalar, ScalarType, Source, Tensor, with_float};
 use halfbyte::{BlockSize, Code4, Code8, NestedScales, NonFinite, Scales, Weight4};
 use std::borrow::Cow;
@@ -21,19 +24,13 @@ ops! {
         a: Tensor, blocksize: i64, quant_type: Str, quant_storage: ScalarType, blocksize2: i64)
         -> [Tensor; 4];
     Dequantize4bit = c"dequantize_4bit" => dequantize_4bit(
-        a: Tensor, absmax: Tensor, blocksize: i64, quant_type: Str, shape: Ints,
-        dtype: ScalarType) -> Tensor;
+        weight: Weight, dtype: ScalarType) -> Tensor;
     Dequantize4bitOut = c"dequantize_4bit.out" => dequantize_4bit_out(
-        a: Tensor, absmax: Tensor, blocksize: i64, quant_type: Str, shape: Ints,
-        dtype: ScalarType, out: Tensor) -> ();
+        weight: Weight, dtype: ScalarType, out: Tensor) -> ();
     Dequantize4bitState = c"dequantize_4bit.state" => dequantize_4bit_state(
-        a: Tensor, absmax: Tensor, blocksize: i64, quant_type: Str, shape: Ints,
-        dtype: ScalarType, code: Option<Tensor>, absmax2: Option<Tensor>, code2: Option<Tensor>,
-        offset: Option<Tensor>, blocksize2: i64) -> Tensor;
+        weight: Weight, dtype: ScalarType, state: State) -> Tensor;
     Dequantize4bitStateOut = c"dequantize_4bit.state_out" => dequantize_4bit_state_out(
-        a: Tensor, absmax: Tensor, blocksize: i64, quant_type: Str, code: Option<Tensor>,
-        absmax2: Option<Tensor>, code2: Option<Tensor>, offset: Option<Tensor>, blocksize2: i64,
-        out: Tensor) -> ();
+        weight: Weight, state: State, out: Tensor) -> ();
     QuantizeBlockwise = c"quantize_blockwise" => quantize_blockwise(
         a: Tensor, code: Tensor, blocksize: i64) -> [Tensor; 2];
     QuantizeBlockwiseOut = c"quantize_blockwise.out" => quantize_blockwise_out(
@@ -45,27 +42,48 @@ ops! {
         -> ();
     QuantizeAbsmax = c"quantize_absmax" => quantize_absmax(
         absmax: Tensor, blocksize: i64) -> [Tensor; 3];
-    Gemv4bit = c"gemv_4bit" => gemv_4bit(
-        a: Tensor, b: Tensor, shape: Ints, absmax: Tensor, code: Tensor, blocksize: i64) -> Tensor;
+    Gemv4bit = c"gemv_4bit" => gemv_4bit(a: Tensor, weight: GemvWeight) -> Tensor;
     Gemv4bitOut = c"gemv_4bit.out" => gemv_4bit_out(
-        a: Tensor, b: Tensor, shape: Ints, absmax: Tensor, code: Tensor, blocksize: i64,
-        out: Tensor) -> ();
+        a: Tensor, weight: GemvWeight, out: Tensor) -> ();
     Gemm4bit = c"gemm_4bit" => gemm_4bit(
-        a: Tensor, b: Tensor, shape: Ints, absmax: Tensor, blocksize: i64, quant_type: Str,
-        bias: Option<Tensor>, absmax_8bit: Option<Tensor>, absmax_code: Option<Tensor>,
-        absmax_offset: Option<Tensor>) -> Tensor;
+        a: Tensor, weight: GemmWeight, bias: Option<Tensor>, nested: GemmNested) -> Tensor;
     Matmul4bit = c"matmul_4bit" => matmul_4bit(
-        a: Tensor, packed: Tensor, absmax: Tensor, blocksize: i64, quant_type: Str, shape: Ints,
-        bias: Option<Tensor>, code: Option<Tensor>, absmax2: Option<Tensor>,
-        code2: Option<Tensor>, offset: Option<Tensor>, blocksize2: i64) -> Tensor;
+        a: Tensor, weight: Weight, bias: Option<Tensor>, state: State) -> Tensor;
     Matmul4bitOut = c"matmul_4bit.out" => matmul_4bit_out(
-        a: Tensor, packed: Tensor, absmax: Tensor, blocksize: i64, quant_type: Str, shape: Ints,
-        bias: Option<Tensor>, code: Option<Tensor>, absmax2: Option<Tensor>,
-        code2: Option<Tensor>, offset: Option<Tensor>, blocksize2: i64, out: Tensor) -> ();
+        a: Tensor, weight: Weight, bias: Option<Tensor>, state: State, out: Tensor) -> ();
     Matmul4bitGradInput = c"matmul_4bit_grad_input" => matmul_4bit_grad_input(
-        grad_output: Tensor, packed: Tensor, absmax: Tensor, blocksize: i64, quant_type: Str,
-        shape: Ints, code: Option<Tensor>, absmax2: Option<Tensor>, code2: Option<Tensor>,
-        offset: Option<Tensor>, blocksize2: i64) -> Tensor;
+        grad_output: Tensor, weight: Weight, state: State) -> Tensor;
+}
+
+group! {
+    /// A quantized tensor.
+    Weight { packed: Tensor, absmax: Tensor, blocksize: i64, quant_type: Str, shape: Ints }
+}
+
+group! {
+    /// What else a quantization state may say.
+    State {
+        code: Option<Tensor>,
+        absmax2: Option<Tensor>,
+        code2: Option<Tensor>,
+        offset: Option<Tensor>,
+        blocksize2: i64,
+    }
+}
+
+group! {
+    /// A weight as upstream's `gemv_4bit` lists it.
+    GemvWeight { packed: Tensor, shape: Ints, absmax: Tensor, code: Tensor, blocksize: i64 }
+}
+
+group! {
+    /// A weight as upstream's `gemm_4bit` lists it.
+    GemmWeight { packed: Tensor, shape: Ints, absmax: Tensor, blocksize: i64, quant_type: Str }
+}
+
+group! {
+    /// Double quantization as upstream's `gemm_4bit` lists it.
+    GemmNested { absmax_8bit: Option<Tensor>, code: Option<Tensor>, offset: Option<Tensor> }
 }
 
 /// Lets the core use as many threads as torch does now.
@@ -143,7 +161,7 @@ fn numbers(len: usize) -> i64 {
 
 /// Quantizes into `packed` and `absmax`, zeroing the padding behind the last code.
 fn encode_4bit(
-    a: &Source,
+    a: &Source<'_>,
     code: Code4,
     blocksize: BlockSize,
     packed: &mut [u8],
@@ -236,7 +254,7 @@ fn quantize_absmax(absmax: Tensor, blocksize: i64) -> Result<[Tensor; 3]> {
 }
 
 /// Double quantization: 8-bit codes of the scales, their scales, and the mean that was taken off.
-fn nest(absmax: &Source, blocksize: BlockSize) -> Result<[Tensor; 3]> {
+fn nest(absmax: &Source<'_>, blocksize: BlockSize) -> Result<[Tensor; 3]> {
     let n = absmax.len();
     let codes = Tensor::empty(&[numbers(n)], u8::scalar_type())?;
     let absmax2 = Tensor::empty(&[numbers(blocksize.over(n).count())], f32::scalar_type())?;
@@ -251,94 +269,93 @@ fn nest(absmax: &Source, blocksize: BlockSize) -> Result<[Tensor; 3]> {
     Ok([codes, absmax2, Tensor::scalar(offset)?])
 }
 
-/// What a state holds beside the packed codes, as it comes off the stack.
-struct State {
-    absmax: Tensor,
-    blocksize: i64,
-    quant_type: Option<Str>,
-    code: Option<Tensor>,
-    absmax2: Option<Tensor>,
-    code2: Option<Tensor>,
-    offset: Option<Tensor>,
-    blocksize2: i64,
-}
-
-/// The same, checked and readable.
-struct Readable {
-    packed: Source,
-    absmax: Source,
+/// A weight with its state, checked and readable.
+struct Readable<'a> {
+    packed: Source<'a>,
+    absmax: Source<'a>,
     table: [f32; 16],
     blocksize: BlockSize,
-    nested: Option<Nested>,
+    nested: Option<Nested<'a>>,
 }
 
-struct Nested {
-    absmax2: Source,
-    code2: Source,
+struct Nested<'a> {
+    absmax2: Source<'a>,
+    code2: Source<'a>,
     offset: f32,
     blocksize: BlockSize,
 }
 
 impl State {
-    /// A state without double quantization or a code of its own.
-    fn plain(absmax: Tensor, blocksize: i64, quant_type: Str) -> Self {
-        Self {
-            absmax,
-            blocksize,
-            quant_type: Some(quant_type),
-            code: None,
-            absmax2: None,
-            code2: None,
-            offset: None,
-            blocksize2: 256,
+    /// The standard code and no double quantization.
+    const PLAIN: Self =
+        Self { code: None, absmax2: None, code2: None, offset: None, blocksize2: 256 };
+
+    /// The 16 values: the state's own, or those of the type.
+    fn table(&self, standard: Option<Code4>) -> Result<[f32; 16]> {
+        match (&self.code, standard) {
+            (None, Some(code)) => Ok(*code.table()),
+            (None, None) => Err(Error::Value("code must hold 16 values, got none".into())),
+            (Some(code), _) => {
+                let code = code.read_as::<f32>("code")?;
+                code.slice()?.try_into().map_err(|_| {
+                    Error::Value(format!("code must hold 16 values, got {}", code.len()))
+                })
+            }
         }
     }
 
-    fn read(&self, packed: &Tensor) -> Result<Readable> {
-        let standard = self.quant_type.as_ref().map(code4).transpose()?;
-        let blocksize = block_size(self.blocksize)?;
-        let table = match (&self.code, standard) {
-            (None, Some(code)) => *code.table(),
-            (None, None) => return Err(Error::Value("code must hold 16 values, got none".into())),
-            (Some(code), _) => {
-                let code = code.read_as::<f32>("code")?;
-                *<&[f32; 16]>::try_from(code.slice()?).map_err(|_| {
-                    Error::Value(format!("code must hold 16 values, got {}", code.len()))
-                })?
-            }
-        };
-        let nested = match (&self.absmax2, &self.code2, &self.offset) {
-            (None, None, None) => None,
-            (Some(absmax2), Some(code2), Some(offset)) => {
-                let offset = offset.read_as::<f32>("offset")?;
-                let [offset] = *offset.slice()? else {
-                    return Err(Error::Value(format!(
-                        "offset must hold one value, got {}",
-                        offset.len()
-                    )));
-                };
-                Some(Nested {
-                    absmax2: absmax2.read_as::<f32>("absmax2")?,
-                    code2: code2.read_as::<f32>("code2")?,
-                    offset,
-                    blocksize: block_size(self.blocksize2)?,
-                })
-            }
+    fn nested(&self) -> Result<Option<Nested<'_>>> {
+        let (absmax2, code2, offset) = match (&self.absmax2, &self.code2, &self.offset) {
+            (None, None, None) => return Ok(None),
+            (Some(absmax2), Some(code2), Some(offset)) => (absmax2, code2, offset),
             _ => {
                 return Err(Error::Value(
                     "double-quantized scales need all of absmax2, code2 and offset, or none".into(),
                 ));
             }
         };
-        let absmax = match &nested {
-            None => self.absmax.read_as::<f32>("absmax")?,
-            Some(_) => self.absmax.read("absmax")?,
+        let offset = offset.read_as::<f32>("offset")?;
+        let [offset] = *offset.slice()? else {
+            return Err(Error::Value(format!("offset must hold one value, got {}", offset.len())));
         };
-        Ok(Readable { packed: packed.read("packed")?, absmax, table, blocksize, nested })
+        Ok(Some(Nested {
+            absmax2: absmax2.read_as::<f32>("absmax2")?,
+            code2: code2.read_as::<f32>("code2")?,
+            offset,
+            blocksize: block_size(self.blocksize2)?,
+        }))
     }
 }
 
-impl Readable {
+/// Reads a weight of which the type is known by name, or only by the state's code.
+fn read_weight<'a>(
+    packed: &'a Tensor,
+    absmax: &'a Tensor,
+    blocksize: i64,
+    quant_type: Option<&Str>,
+    state: &'a State,
+) -> Result<Readable<'a>> {
+    let standard = quant_type.map(code4).transpose()?;
+    let nested = state.nested()?;
+    Ok(Readable {
+        packed: packed.read("packed")?,
+        absmax: match &nested {
+            None => absmax.read_as::<f32>("absmax")?,
+            Some(_) => absmax.read("absmax")?,
+        },
+        table: state.table(standard)?,
+        blocksize: block_size(blocksize)?,
+        nested,
+    })
+}
+
+impl Weight {
+    fn read<'a>(&'a self, state: &'a State) -> Result<Readable<'a>> {
+        read_weight(&self.packed, &self.absmax, self.blocksize, Some(&self.quant_type), state)
+    }
+}
+
+impl Readable<'_> {
     /// The bytes of `n` codes, without the zeros that fill up the last storage element.
     fn codes(&self, n: usize) -> Result<&[u8]> {
         const WIDEST_STORAGE: usize = 8;
@@ -367,7 +384,7 @@ impl Readable {
         })
     }
 
-    fn weight(&self, (rows, columns): (usize, usize)) -> Result<Weight4<'_>> {
+    fn matrix(&self, rows: usize, columns: usize) -> Result<Weight4<'_>> {
         let codes = self.codes(rows * columns)?;
         let scales = self.scales()?;
         Ok(Weight4::new(codes, scales, &self.table, self.blocksize, rows, columns)?)
@@ -386,94 +403,43 @@ impl Readable {
     }
 }
 
-fn decode_4bit(packed: &Tensor, state: &State, shape: &Ints, dtype: ScalarType) -> Result<Tensor> {
-    let state = state.read(packed)?;
-    // Allocates only what the packed buffer can fill.
-    let out = shape.with(|shape| {
-        state.codes(elements(shape)?)?;
-        Tensor::empty(shape, check_float(dtype)?)
-    })?;
-    state.decode(&mut out.write("out")?)?;
-    Ok(out)
-}
-
 fn check_float(dtype: ScalarType) -> Result<ScalarType> {
     with_float!(dtype, "dtype", T => Ok(T::scalar_type()))
 }
 
-fn decode_4bit_into(packed: &Tensor, state: &State, out: &Tensor) -> Result<()> {
-    let state = state.read(packed)?;
-    let mut out = out.write("out")?;
-    state.decode(&mut out)?;
-    out.finish()
+fn dequantize_4bit(weight: Weight, dtype: ScalarType) -> Result<Tensor> {
+    dequantize_4bit_state(weight, dtype, State::PLAIN)
 }
 
-fn dequantize_4bit(
-    a: Tensor,
-    absmax: Tensor,
-    blocksize: i64,
-    quant_type: Str,
-    shape: Ints,
-    dtype: ScalarType,
-) -> Result<Tensor> {
-    decode_4bit(&a, &State::plain(absmax, blocksize, quant_type), &shape, dtype)
+fn dequantize_4bit_state(weight: Weight, dtype: ScalarType, state: State) -> Result<Tensor> {
+    let readable = weight.read(&state)?;
+    let out = weight.shape.with(|shape| {
+        // Allocates only what the packed buffer can fill.
+        readable.codes(elements(shape)?)?;
+        Tensor::empty(shape, check_float(dtype)?)
+    })?;
+    readable.decode(&mut out.write("out")?)?;
+    Ok(out)
 }
 
-fn dequantize_4bit_out(
-    a: Tensor,
-    absmax: Tensor,
-    blocksize: i64,
-    quant_type: Str,
-    shape: Ints,
-    dtype: ScalarType,
-    out: Tensor,
-) -> Result<()> {
-    shape.with(|shape| expect_shape(&out, shape))?;
-    if out.dtype()? != dtype {
-        return Err(Error::Type(format!(
-            "out must be {}, got {}",
-            dtype.name(),
-            out.dtype()?.name()
-        )));
+fn dequantize_4bit_out(weight: Weight, dtype: ScalarType, out: Tensor) -> Result<()> {
+    expect_dtype(&out, dtype)?;
+    dequantize_4bit_state_out(weight, State::PLAIN, out)
+}
+
+fn dequantize_4bit_state_out(weight: Weight, state: State, out: Tensor) -> Result<()> {
+    weight.shape.with(|shape| expect_shape(&out, shape))?;
+    let mut destination = out.write("out")?;
+    weight.read(&state)?.decode(&mut destination)?;
+    destination.finish()
+}
+
+fn expect_dtype(out: &Tensor, dtype: ScalarType) -> Result<()> {
+    let got = out.dtype()?;
+    if got == dtype {
+        return Ok(());
     }
-    decode_4bit_into(&a, &State::plain(absmax, blocksize, quant_type), &out)
-}
-
-#[allow(clippy::too_many_arguments)] // the schema's arguments
-fn dequantize_4bit_state(
-    a: Tensor,
-    absmax: Tensor,
-    blocksize: i64,
-    quant_type: Str,
-    shape: Ints,
-    dtype: ScalarType,
-    code: Option<Tensor>,
-    absmax2: Option<Tensor>,
-    code2: Option<Tensor>,
-    offset: Option<Tensor>,
-    blocksize2: i64,
-) -> Result<Tensor> {
-    let quant_type = Some(quant_type);
-    let state = State { absmax, blocksize, quant_type, code, absmax2, code2, offset, blocksize2 };
-    decode_4bit(&a, &state, &shape, dtype)
-}
-
-#[allow(clippy::too_many_arguments)] // the schema's arguments
-fn dequantize_4bit_state_out(
-    a: Tensor,
-    absmax: Tensor,
-    blocksize: i64,
-    quant_type: Str,
-    code: Option<Tensor>,
-    absmax2: Option<Tensor>,
-    code2: Option<Tensor>,
-    offset: Option<Tensor>,
-    blocksize2: i64,
-    out: Tensor,
-) -> Result<()> {
-    let quant_type = Some(quant_type);
-    let state = State { absmax, blocksize, quant_type, code, absmax2, code2, offset, blocksize2 };
-    decode_4bit_into(&a, &state, &out)
+    Err(Error::Type(format!("out must be {}, got {}", dtype.name(), got.name())))
 }
 
 fn expect_shape(out: &Tensor, shape: &[i64]) -> Result<()> {
@@ -486,7 +452,7 @@ fn expect_shape(out: &Tensor, shape: &[i64]) -> Result<()> {
 // ---- 8-bit codes -------------------------------------------------------------------------------
 
 /// A code of up to 256 values, filled up with its last value.
-fn code256(code: &Source) -> Result<Cow<'_, [f32; 256]>> {
+fn code256<'a>(code: &'a Source<'_>) -> Result<Cow<'a, [f32; 256]>> {
     let values = code.slice::<f32>()?;
     if let Ok(values) = <&[f32; 256]>::try_from(values) {
         return Ok(Cow::Borrowed(values));
@@ -502,8 +468,8 @@ fn code256(code: &Source) -> Result<Cow<'_, [f32; 256]>> {
 }
 
 fn encode_blockwise(
-    a: &Source,
-    code: &Source,
+    a: &Source<'_>,
+    code: &Source<'_>,
     blocksize: BlockSize,
     out: &mut [u8],
     absmax: &mut [f32],
@@ -525,7 +491,9 @@ fn encode_blockwise(
     })?;
     // In a short code, values above its last entry count as the entries that fill it up.
     if let Some(last) = u8::try_from(code.len() - 1).ok().filter(|&last| last < u8::MAX) {
-        out.iter_mut().for_each(|q| *q = (*q).min(last));
+        for q in out {
+            *q = (*q).min(last);
+        }
     }
     Ok(())
 }
@@ -565,7 +533,7 @@ fn quantize_blockwise_out(
 }
 
 fn decode_blockwise(
-    a: &Source,
+    a: &Source<'_>,
     absmax: &Tensor,
     code: &Tensor,
     blocksize: i64,
@@ -604,13 +572,7 @@ fn dequantize_blockwise_out(
     dtype: ScalarType,
     out: Tensor,
 ) -> Result<()> {
-    if out.dtype()? != dtype {
-        return Err(Error::Type(format!(
-            "out must be {}, got {}",
-            dtype.name(),
-            out.dtype()?.name()
-        )));
-    }
+    expect_dtype(&out, dtype)?;
     let mut destination = out.write("out")?;
     decode_blockwise(&a.read("A")?, &absmax, &code, blocksize, &mut destination)?;
     destination.finish()
@@ -655,19 +617,17 @@ fn product_shape<R>(
     f(&many, rows)
 }
 
-/// Multiplies into `out`, or into a tensor of its own.
+/// Multiplies into `out`, or into a tensor of its own, which it returns.
 fn product(
     kind: Product,
     a: &Tensor,
-    packed: &Tensor,
-    state: &State,
+    weight: &Readable<'_>,
     shape: &Ints,
     bias: Option<&Tensor>,
     out: Option<&Tensor>,
 ) -> Result<Option<Tensor>> {
     let (rows, columns) = matrix(shape)?;
-    let state = state.read(packed)?;
-    let weight = state.weight((rows, columns))?;
+    let operand = weight.matrix(rows, columns)?;
     let sides = if kind == Product::Forward { (columns, rows) } else { (rows, columns) };
     let dtype = a.dtype()?;
     product_shape(a, sides, |result_shape, n| {
@@ -678,24 +638,22 @@ fn product(
             }
             None => Some(Tensor::empty(result_shape, dtype)?),
         };
+        let Some(result) = fresh.as_ref().or(out) else { unreachable!("one of the two is there") };
         let input = a.read("A")?;
         let bias = bias.map(|bias| bias.read("bias")).transpose()?;
-        let mut destination = match (&fresh, out) {
-            (Some(fresh), _) | (None, Some(fresh)) => fresh.write("out")?,
-            (None, None) => unreachable!("one of the two is there"),
-        };
+        let mut destination = result.write("out")?;
         destination.apart_from(&input)?;
-        destination.apart_from(&state.packed)?;
+        destination.apart_from(&weight.packed)?;
         use_torch_threads();
         with_float!(dtype, "A", T => {
             let (input, output) = (input.slice::<T>()?, destination.slice_mut::<T>()?);
             match kind {
                 Product::Forward => {
                     let bias = bias.as_ref().map(Source::slice::<T>).transpose()?;
-                    halfbyte::matmul_4bit(input, n, &weight, bias, output)?;
+                    halfbyte::matmul_4bit(input, n, &operand, bias, output)?;
                 }
                 Product::GradInput => {
-                    halfbyte::matmul_4bit_grad_input(input, n, &weight, output)?;
+                    halfbyte::matmul_4bit_grad_input(input, n, &operand, output)?;
                 }
             }
             Ok(())
@@ -709,140 +667,62 @@ fn product(
 fn fresh_product(
     kind: Product,
     a: &Tensor,
-    packed: &Tensor,
-    state: &State,
+    weight: &Readable<'_>,
     shape: &Ints,
     bias: Option<&Tensor>,
 ) -> Result<Tensor> {
-    product(kind, a, packed, state, shape, bias, None)?
+    product(kind, a, weight, shape, bias, None)?
         .ok_or_else(|| Error::Torch("the product was not returned".into()))
 }
 
-fn gemv_state(absmax: Tensor, code: Tensor, blocksize: i64) -> State {
-    State {
-        absmax,
-        blocksize,
-        quant_type: None,
-        code: Some(code),
-        absmax2: None,
-        code2: None,
-        offset: None,
-        blocksize2: 256,
-    }
+fn gemv(a: &Tensor, weight: GemvWeight, out: Option<&Tensor>) -> Result<Option<Tensor>> {
+    let GemvWeight { packed, shape, absmax, code, blocksize } = weight;
+    // The table is given, so no type is named.
+    let state = State { code: Some(code), ..State::PLAIN };
+    let weight = read_weight(&packed, &absmax, blocksize, None, &state)?;
+    product(Product::Forward, a, &weight, &shape, None, out)
 }
 
-fn gemv_4bit(
-    a: Tensor,
-    b: Tensor,
-    shape: Ints,
-    absmax: Tensor,
-    code: Tensor,
-    blocksize: i64,
-) -> Result<Tensor> {
-    let state = gemv_state(absmax, code, blocksize);
-    fresh_product(Product::Forward, &a, &b, &state, &shape, None)
+fn gemv_4bit(a: Tensor, weight: GemvWeight) -> Result<Tensor> {
+    gemv(&a, weight, None)?.ok_or_else(|| Error::Torch("the product was not returned".into()))
 }
 
-fn gemv_4bit_out(
-    a: Tensor,
-    b: Tensor,
-    shape: Ints,
-    absmax: Tensor,
-    code: Tensor,
-    blocksize: i64,
-    out: Tensor,
-) -> Result<()> {
-    let state = gemv_state(absmax, code, blocksize);
-    product(Product::Forward, &a, &b, &state, &shape, None, Some(&out)).map(drop)
+fn gemv_4bit_out(a: Tensor, weight: GemvWeight, out: Tensor) -> Result<()> {
+    gemv(&a, weight, Some(&out)).map(drop)
 }
 
-#[allow(clippy::too_many_arguments)] // the schema's arguments
 fn gemm_4bit(
     a: Tensor,
-    b: Tensor,
-    shape: Ints,
-    absmax: Tensor,
-    blocksize: i64,
-    quant_type: Str,
+    weight: GemmWeight,
     bias: Option<Tensor>,
-    absmax_8bit: Option<Tensor>,
-    absmax_code: Option<Tensor>,
-    absmax_offset: Option<Tensor>,
+    nested: GemmNested,
 ) -> Result<Tensor> {
+    let GemmWeight { packed, shape, absmax, blocksize, quant_type } = weight;
     // Upstream's convention: with double quantization `absmax` is the second level.
-    let (absmax, absmax2) = match absmax_8bit {
+    let (absmax, absmax2) = match nested.absmax_8bit {
         None => (absmax, None),
         Some(first) => (first, Some(absmax)),
     };
-    let state = State {
-        absmax,
-        blocksize,
-        quant_type: Some(quant_type),
-        code: None,
-        absmax2,
-        code2: absmax_code,
-        offset: absmax_offset,
-        blocksize2: 256,
-    };
-    fresh_product(Product::Forward, &a, &b, &state, &shape, bias.as_ref())
+    let state = State { absmax2, code2: nested.code, offset: nested.offset, ..State::PLAIN };
+    let weight = read_weight(&packed, &absmax, blocksize, Some(&quant_type), &state)?;
+    fresh_product(Product::Forward, &a, &weight, &shape, bias.as_ref())
 }
 
-#[allow(clippy::too_many_arguments)] // the schema's arguments
-fn matmul_4bit(
-    a: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    blocksize: i64,
-    quant_type: Str,
-    shape: Ints,
-    bias: Option<Tensor>,
-    code: Option<Tensor>,
-    absmax2: Option<Tensor>,
-    code2: Option<Tensor>,
-    offset: Option<Tensor>,
-    blocksize2: i64,
-) -> Result<Tensor> {
-    let quant_type = Some(quant_type);
-    let state = State { absmax, blocksize, quant_type, code, absmax2, code2, offset, blocksize2 };
-    fresh_product(Product::Forward, &a, &packed, &state, &shape, bias.as_ref())
+fn matmul_4bit(a: Tensor, weight: Weight, bias: Option<Tensor>, state: State) -> Result<Tensor> {
+    fresh_product(Product::Forward, &a, &weight.read(&state)?, &weight.shape, bias.as_ref())
 }
 
-#[allow(clippy::too_many_arguments)] // the schema's arguments
 fn matmul_4bit_out(
     a: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    blocksize: i64,
-    quant_type: Str,
-    shape: Ints,
+    weight: Weight,
     bias: Option<Tensor>,
-    code: Option<Tensor>,
-    absmax2: Option<Tensor>,
-    code2: Option<Tensor>,
-    offset: Option<Tensor>,
-    blocksize2: i64,
+    state: State,
     out: Tensor,
 ) -> Result<()> {
-    let quant_type = Some(quant_type);
-    let state = State { absmax, blocksize, quant_type, code, absmax2, code2, offset, blocksize2 };
-    product(Product::Forward, &a, &packed, &state, &shape, bias.as_ref(), Some(&out)).map(drop)
+    let (readable, bias) = (weight.read(&state)?, bias.as_ref());
+    product(Product::Forward, &a, &readable, &weight.shape, bias, Some(&out)).map(drop)
 }
 
-#[allow(clippy::too_many_arguments)] // the schema's arguments
-fn matmul_4bit_grad_input(
-    grad_output: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    blocksize: i64,
-    quant_type: Str,
-    shape: Ints,
-    code: Option<Tensor>,
-    absmax2: Option<Tensor>,
-    code2: Option<Tensor>,
-    offset: Option<Tensor>,
-    blocksize2: i64,
-) -> Result<Tensor> {
-    let quant_type = Some(quant_type);
-    let state = State { absmax, blocksize, quant_type, code, absmax2, code2, offset, blocksize2 };
-    fresh_product(Product::GradInput, &grad_output, &packed, &state, &shape, None)
+fn matmul_4bit_grad_input(grad_output: Tensor, weight: Weight, state: State) -> Result<Tensor> {
+    fresh_product(Product::GradInput, &grad_output, &weight.read(&state)?, &weight.shape, None)
 }

@@ -22,6 +22,7 @@ fn value(error: impl std::fmt::Display) -> PyErr {
 
 /// Binds to the libtorch that is loaded, of which `version` and the folder `libraries` are known.
 #[pyfunction]
+#[allow(clippy::needless_pass_by_value)] // pyo3 hands a PathBuf over
 pub(crate) fn bind(version: &str, libraries: PathBuf) -> PyResult<()> {
     let import_error = PyImportError::new_err::<String>;
     shim::bind(version, &libraries).map_err(import_error)?;

@@ -40,7 +40,7 @@ macro_rules! shim {
             /// Resolves every symbol, or names the first required one that is missing.
             ///
             /// # Safety
-            /// `library` is libtorch_cpu, whose C functions have the signatures above.
+            /// `library` is `libtorch_cpu`, whose C functions have the signatures above.
             unsafe fn resolve(library: &Library) -> Result<Self, &'static str> {
                 // SAFETY: the signatures are those of torch's `shim.h`.
                 unsafe {
@@ -137,7 +137,7 @@ pub(crate) fn bind(version: &str, directory: &Path) -> Result<(), String> {
     Ok(())
 }
 
-/// A handle on the libtorch_cpu that is already in the process; never loads a second one.
+/// A handle on the `libtorch_cpu` that is already in the process; never loads a second one.
 #[cfg(unix)]
 fn open(directory: &Path) -> Option<Library> {
     use libloading::os::unix;
@@ -169,8 +169,9 @@ pub(crate) fn check(status: Status) -> crate::error::Result<()> {
             if text.is_null() { None } else { Some(CStr::from_ptr(text).to_string_lossy()) }
         }
     });
-    let what =
-        what.flatten().map_or_else(|| "PyTorch reported an error".into(), |t| t.into_owned());
+    let what = what
+        .flatten()
+        .map_or_else(|| "PyTorch reported an error".into(), std::borrow::Cow::into_owned);
     Err(crate::error::Error::Torch(what))
 }
 

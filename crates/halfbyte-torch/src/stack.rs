@@ -10,33 +10,49 @@ use std::ffi::CStr;
 use std::marker::PhantomData;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-/// A type that an op takes.
-pub(crate) trait Argument {
+/// A type that an op takes in one slot.
+pub(crate) trait Slot {
     /// # Safety
     /// `value` is a stack slot of this type, popped once.
     unsafe fn pop(value: Value) -> Self;
 }
 
-impl Argument for Tensor {
+/// A type that an op takes, in one slot or (see [`group!`]) several.
+pub(crate) trait Argument: Sized {
+    const SLOTS: u64;
+    /// # Safety
+    /// The next slots hold this type.
+    unsafe fn take(inputs: &mut Inputs<'_>) -> Self;
+}
+
+impl<T: Slot> Argument for T {
+    const SLOTS: u64 = 1;
+    unsafe fn take(inputs: &mut Inputs<'_>) -> Self {
+        // SAFETY: by the caller's contract.
+        unsafe { T::pop(inputs.next()) }
+    }
+}
+
+impl Slot for Tensor {
     unsafe fn pop(value: Value) -> Self {
         // SAFETY: by the caller's contract.
         unsafe { Self::from_value(value) }
     }
 }
 
-impl Argument for i64 {
+impl Slot for i64 {
     unsafe fn pop(value: Value) -> Self {
         value as Self
     }
 }
 
-impl Argument for ScalarType {
+impl Slot for ScalarType {
     unsafe fn pop(value: Value) -> Self {
         Self(value as u32 as i32)
     }
 }
 
-impl<T: Argument> Argument for Option<T> {
+impl<T: Slot> Slot for Option<T> {
     unsafe fn pop(value: Value) -> Self {
         let slot = value as usize as *mut Value;
         if slot.is_null() {
@@ -61,7 +77,7 @@ impl<T: Argument> Argument for Option<T> {
 #[derive(Debug)]
 pub(crate) struct Str(Handle);
 
-impl Argument for Str {
+impl Slot for Str {
     unsafe fn pop(value: Value) -> Self {
         Self(value as usize as Handle)
     }
@@ -90,7 +106,7 @@ impl Str {
 #[derive(Debug)]
 pub(crate) struct Ints(Handle);
 
-impl Argument for Ints {
+impl Slot for Ints {
     unsafe fn pop(value: Value) -> Self {
         Self(value as usize as Handle)
     }
@@ -172,16 +188,14 @@ pub(crate) struct Inputs<'a> {
 }
 
 impl Inputs<'_> {
-    /// # Safety
-    /// The next slot holds a `T`.
-    pub(crate) unsafe fn pop<T: Argument>(&mut self) -> T {
+    fn next(&mut self) -> Value {
         assert!(self.left > 0, "more arguments popped than the dispatcher passed");
         self.left -= 1;
-        // SAFETY: a slot is left, and it holds a T by the caller's contract.
+        // SAFETY: a slot is left.
         unsafe {
             let value = *self.next;
             self.next = self.next.add(1);
-            T::pop(value)
+            value
         }
     }
 }
@@ -262,11 +276,11 @@ macro_rules! ops {
             struct $op;
             impl $crate::stack::Op for $op {
                 const NAME: &'static std::ffi::CStr = $name;
-                const INPUTS: u64 = [$(stringify!($arg)),*].len() as u64;
+                const INPUTS: u64 = 0 $(+ <$t as $crate::stack::Argument>::SLOTS)*;
                 type Outputs = $out;
                 unsafe fn call(mut inputs: $crate::stack::Inputs<'_>) -> $crate::error::Result<$out> {
                     // SAFETY: the slots hold these types, by the schema.
-                    $(let $arg: $t = unsafe { inputs.pop() };)*
+                    $(let $arg = unsafe { <$t as $crate::stack::Argument>::take(&mut inputs) };)*
                     $kernel($($arg),*)
                 }
             }
@@ -278,3 +292,22 @@ macro_rules! ops {
     };
 }
 pub(crate) use ops;
+
+/// Declares arguments that several schemas list together, in this order.
+macro_rules! group {
+    ($(#[$doc:meta])* $name:ident { $($field:ident: $t:ty),* $(,)? }) => {
+        $(#[$doc])*
+        struct $name {
+            $($field: $t,)*
+        }
+
+        impl $crate::stack::Argument for $name {
+            const SLOTS: u64 = 0 $(+ <$t as $crate::stack::Argument>::SLOTS)*;
+            unsafe fn take(inputs: &mut $crate::stack::Inputs<'_>) -> Self {
+                // SAFETY: by the caller's contract; fields are taken in the order written.
+                unsafe { Self { $($field: <$t as $crate::stack::Argument>::take(inputs),)* } }
+            }
+        }
+    };
+}
+pub(crate) use group;

@@ -4,6 +4,7 @@ use crate::error::{Error, Result};
 use crate::shim::{Handle, Value, check, shim};
 use halfbyte::{bf16, f16};
 use std::ffi::c_void;
+use std::marker::PhantomData;
 use std::sync::OnceLock;
 
 /// `at::ScalarType` by the number that this libtorch gives it.
@@ -49,7 +50,7 @@ impl ScalarType {
         known().iter().find(|k| k.code == self).map(|k| k.size)
     }
 
-    /// As PyTorch prints it, without the `torch.` prefix.
+    /// As `PyTorch` prints it, without the `torch.` prefix.
     pub(crate) fn name(self) -> String {
         known()
             .iter()
@@ -248,19 +249,27 @@ impl Tensor {
     }
 
     /// The elements for reading: in place when contiguous, else a contiguous copy.
-    pub(crate) fn read(&self, what: &'static str) -> Result<Source> {
+    pub(crate) fn read(&self, what: &'static str) -> Result<Source<'_>> {
         let inspection = self.inspect(what)?;
         if inspection.contiguous {
             let data = self.const_data(&inspection)?;
-            if data as usize % inspection.item == 0 {
-                return Ok(Source { what, data, inspection, dtype: self.dtype()?, _copy: None });
+            if (data as usize).is_multiple_of(inspection.item) {
+                let dtype = self.dtype()?;
+                return Ok(Source {
+                    what,
+                    data,
+                    inspection,
+                    dtype,
+                    _copy: None,
+                    _tensor: PhantomData,
+                });
             }
         }
         self.copied(what, self.dtype()?)
     }
 
     /// The elements as `T`, converted when the tensor has another dtype.
-    pub(crate) fn read_as<T: Scalar>(&self, what: &'static str) -> Result<Source> {
+    pub(crate) fn read_as<T: Scalar>(&self, what: &'static str) -> Result<Source<'_>> {
         if self.dtype()? == T::scalar_type() {
             return self.read(what);
         }
@@ -268,12 +277,12 @@ impl Tensor {
         self.copied(what, T::scalar_type())
     }
 
-    fn copied(&self, what: &'static str, dtype: ScalarType) -> Result<Source> {
+    fn copied(&self, what: &'static str, dtype: ScalarType) -> Result<Source<'_>> {
         let copy = Self::empty(self.sizes()?, dtype)?;
         copy.copy_from(self)?;
         let inspection = copy.inspect(what)?;
         let data = copy.const_data(&inspection)?;
-        Ok(Source { what, data, inspection, dtype, _copy: Some(copy) })
+        Ok(Source { what, data, inspection, dtype, _copy: Some(copy), _tensor: PhantomData })
     }
 
     fn const_data(&self, inspection: &Inspection) -> Result<*const c_void> {
@@ -290,7 +299,7 @@ impl Tensor {
         let dtype = self.dtype()?;
         if inspection.contiguous {
             let data = self.mutable_data(&inspection)?;
-            if data as usize % inspection.item == 0 {
+            if (data as usize).is_multiple_of(inspection.item) {
                 return Ok(Destination { what, tensor: self, data, inspection, dtype, copy: None });
             }
         }
@@ -340,18 +349,18 @@ impl Inspection {
     }
 }
 
-/// Checked, contiguous, aligned memory for reading. The tensor it was made from must stay alive,
-/// as it does for the whole run of a kernel.
+/// Checked, contiguous, aligned memory for reading.
 #[derive(Debug)]
-pub(crate) struct Source {
+pub(crate) struct Source<'a> {
     what: &'static str,
     data: *const c_void,
     inspection: Inspection,
     dtype: ScalarType,
     _copy: Option<Tensor>,
+    _tensor: PhantomData<&'a Tensor>,
 }
 
-impl Source {
+impl Source<'_> {
     pub(crate) fn len(&self) -> usize {
         self.inspection.numel
     }
@@ -408,7 +417,7 @@ impl Destination<'_> {
     }
 
     /// Refuses to write over memory that is being read.
-    pub(crate) fn apart_from(&self, source: &Source) -> Result<()> {
+    pub(crate) fn apart_from(&self, source: &Source<'_>) -> Result<()> {
         let (a, b) = (self.data as usize, source.data as usize);
         if a < b + source.inspection.bytes && b < a + self.inspection.bytes {
             return Err(Error::Value(format!("{} must not overlap {}", self.what, source.what)));

@@ -109,8 +109,9 @@ def matmul_4bit(
                 A.requires_grad or (bias is not None and bias.requires_grad)
             ):
                 return MatMul4Bit.apply(A, B, out, bias, quant_state)
-            with _below_autograd():
-                return _run(A, B, quant_state, out, bias)
+            if out is None:
+                with _below_autograd():
+                    return _run(A, B, quant_state, None, bias)
         return _run(A, B, quant_state, out, bias)
     except (RuntimeError, NotImplementedError) as error:
         raise failure(error) from None
