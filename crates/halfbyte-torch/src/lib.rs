@@ -1,1 +1,27 @@
-//! PyTorch extension.
+//! # halfbyte's PyTorch extension
+//!
+//! Registers kernels with PyTorch's dispatcher straight from Rust, through the C shim of the
+//! stable ABI (torch 2.10 and newer), without a line of C++ and without linking against torch.
+//!
+//! - [`shim`]: the C functions of libtorch, bound at run time;
+//! - [`tensor`], [`stack`]: owning handles, checked memory, arguments and results;
+//! - [`error`]: how a failure becomes a Python exception;
+//! - [`ops`]: the ops;
+//! - [`python`]: the few functions that `halfbyte._native` exports.
+
+mod error;
+mod ops;
+mod python;
+mod shim;
+mod stack;
+mod tensor;
+
+/// The extension module: only an export list.
+#[pyo3::pymodule]
+mod _native {
+    #[pymodule_export]
+    use crate::python::{
+        abi_version, available_isas, bind, check_blocksize, check_quant_type, code4, dynamic_map,
+        is_registered, isa, num_threads, register, take_error, version,
+    };
+}

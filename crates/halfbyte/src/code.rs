@@ -227,3 +227,88 @@ fn linspace(start: f32, end: f32, steps: usize) -> Vec<f32> {
         })
         .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The standard normal distribution function, by its Taylor series around 0 (exact to 1e-14
+    /// for |x| < 3).
+    fn normal_cdf(x: f64) -> f64 {
+        let (mut term, mut sum) = (x, x);
+        for n in 1..60 {
+            term *= -x * x / f64::from(2 * n);
+            sum += term / f64::from(2 * n + 1);
+        }
+        0.5 + sum / std::f64::consts::TAU.sqrt()
+    }
+
+    /// The `p`-quantile of N(0, 1), by bisection.
+    fn normal_quantile(p: f64) -> f64 {
+        let (mut low, mut high) = (-3.0, 3.0);
+        for _ in 0..80 {
+            let middle = f64::midpoint(low, high);
+            if normal_cdf(middle) < p { low = middle } else { high = middle }
+        }
+        f64::midpoint(low, high)
+    }
+
+    /// arXiv 2305.14314, section 3: quantiles at evenly spaced probabilities from `OFFSET` to 1/2, eight
+    /// intervals above zero and seven below, zero shared, scaled to a largest value of 1.
+    #[test]
+    fn nf4_is_derived_from_quantiles_of_the_normal_distribution() {
+        const OFFSET: f64 = 0.9677083;
+        let side = |intervals: u32| {
+            (1..=intervals).map(move |i| {
+                let above_half = (OFFSET - 0.5) * f64::from(i) / f64::from(intervals);
+                normal_quantile(0.5 + above_half) / normal_quantile(OFFSET)
+            })
+        };
+        let mut derived: Vec<f64> = side(7).map(|q| -q).collect();
+        derived.reverse();
+        derived.push(0.0);
+        derived.extend(side(8));
+        assert_eq!(derived.len(), 16);
+        for (derived, value) in derived.iter().zip(Code4::Nf4.table()) {
+            assert!((derived - f64::from(*value)).abs() < 1e-6, "{derived} {value}");
+        }
+    }
+
+    #[test]
+    fn nf4_ascends_from_minus_one_to_one_through_an_exact_zero() {
+        let table = Code4::Nf4.table();
+        assert!(table.is_sorted_by(|a, b| a < b));
+        assert_eq!((table[0], table[15]), (-1.0, 1.0));
+        assert_eq!(table[Code4::Nf4.zero() as usize].to_bits(), 0);
+        assert!(NF4_MIDPOINTS.iter().zip(table.windows(2)).all(|(m, v)| v[0] < *m && *m < v[1]));
+    }
+
+    /// Sign, two exponent bits, one mantissa bit, in twelfths; the smallest is 1/16 of a twelfth.
+    #[test]
+    fn fp4_is_a_tiny_float() {
+        let table = Code4::Fp4.table();
+        for index in 0..8u8 {
+            let (exponent, mantissa) = (index >> 1, f32::from(index & 1));
+            let twelfths = match exponent {
+                0 => mantissa / 16.0,
+                1 => 8.0 + 4.0 * mantissa,
+                2 => 4.0 + 2.0 * mantissa,
+                _ => 2.0 + mantissa,
+            };
+            assert_eq!(table[index as usize], twelfths / 12.0, "{index}");
+            let negative = table[(index | FP4_SIGN) as usize];
+            assert_eq!(negative.to_bits(), (-table[index as usize]).to_bits(), "{index}");
+        }
+        assert_eq!(table[Code4::Fp4.zero() as usize].to_bits(), 0);
+        let magnitudes = FP4_ASCENDING.map(|index| table[index as usize]);
+        assert!(magnitudes.is_sorted_by(|a, b| a < b));
+    }
+
+    #[test]
+    fn names_round_trip() {
+        for code in Code4::ALL {
+            assert_eq!(code.to_string().parse::<Code4>().unwrap(), code);
+        }
+        assert!("NF4".parse::<Code4>().is_err());
+    }
+}

@@ -1,5 +1,11 @@
 //! `dequantize_4bit`: two 4-bit codes a byte back to elements.
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod scalar;
 #[cfg(test)]
 mod tests;
@@ -42,6 +48,12 @@ type Kernel<T> = unsafe fn(&[u8], &[f32], &[f32; 16], BlockSize, &mut [T]);
 
 fn kernel<T: Element>(isa: Isa) -> Kernel<T> {
     match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => avx512::dequantize::<T>,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => avx2::dequantize::<T>,
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => neon::dequantize::<T>,
         _ => scalar::dequantize::<T>,
     }
 }
@@ -61,14 +73,14 @@ fn run<T: Element>(
     threads::run(chunks.count(), |i| {
         let r = chunks.range(i);
         let packed = &packed[r.start / 2..r.end.div_ceil(2)];
-        let mut buffer = [0.0; MAX_SCALES];
+        let mut buffer;
         let which = r.start / b..r.end.div_ceil(b);
         let absmax = match scales {
             Scales::Plain(absmax) => &absmax[which],
             Scales::Nested(_) => {
-                let buffer = &mut buffer[..which.len()];
-                scales.decode(which.start, buffer);
-                buffer
+                buffer = [0.0; MAX_SCALES];
+                scales.decode(which.start, &mut buffer[..which.len()]);
+                &buffer[..which.len()]
             }
         };
         // SAFETY: chunks are disjoint and start at block borders, hence at byte borders. `isa`

@@ -1,6 +1,8 @@
 //! `matmul_4bit`: activations times a 4-bit weight, and the gradient of the activations. The
 //! dequantized weight is never stored.
 
+mod few_rows;
+mod many_rows;
 mod scalar;
 #[cfg(test)]
 mod tests;
@@ -113,8 +115,10 @@ fn run<T: Element>(
     bias: Option<&[T]>,
     out: &mut [T],
 ) {
-    match isa {
-        _ => scalar::forward(input, rows, weight, bias, out),
+    if rows <= few_rows::MAX_ROWS {
+        few_rows::forward(isa, input, rows, weight, bias, out);
+    } else {
+        many_rows::forward(isa, input, rows, weight, bias, out);
     }
 }
 
@@ -125,7 +129,5 @@ fn run_grad<T: Element>(
     weight: &Weight4<'_>,
     out: &mut [T],
 ) {
-    match isa {
-        _ => scalar::grad_input(grad_output, rows, weight, out),
-    }
+    many_rows::grad_input(isa, grad_output, rows, weight, out);
 }

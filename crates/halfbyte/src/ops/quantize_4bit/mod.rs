@@ -1,6 +1,14 @@
 //! `quantize_4bit`: flattened blocks to two 4-bit codes a byte.
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod chunked;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod scalar;
+mod staircase;
 #[cfg(test)]
 mod tests;
 
@@ -60,6 +68,12 @@ type Kernel<T> = unsafe fn(&[T], Code4, BlockSize, &mut [u8], &mut [f32]);
 
 fn kernel<T: Element>(isa: Isa) -> Kernel<T> {
     match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => chunked::quantize::<T, avx512::Avx512>,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => chunked::quantize::<T, avx2::Avx2>,
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => chunked::quantize::<T, neon::Neon>,
         _ => scalar::quantize::<T>,
     }
 }

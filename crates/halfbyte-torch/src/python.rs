@@ -1,0 +1,136 @@
+//! The functions that `halfbyte._native` exports. Described for Python in `_native.pyi`.
+
+use crate::{error, ops, shim};
+use halfbyte::{Code4, Code8};
+use pyo3::exceptions::{PyImportError, PyRuntimeError, PyValueError};
+use pyo3::prelude::*;
+use std::collections::BTreeSet;
+use std::ffi::CString;
+use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
+
+/// Namespaces whose ops have their kernels.
+static REGISTERED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+
+fn runtime(error: impl std::fmt::Display) -> PyErr {
+    PyRuntimeError::new_err(error.to_string())
+}
+
+fn value(error: impl std::fmt::Display) -> PyErr {
+    PyValueError::new_err(error.to_string())
+}
+
+/// Binds to the libtorch that is loaded, of which `version` and the folder `libraries` are known.
+#[pyfunction]
+pub(crate) fn bind(version: &str, libraries: PathBuf) -> PyResult<()> {
+    let import_error = PyImportError::new_err::<String>;
+    shim::bind(version, &libraries).map_err(import_error)?;
+    halfbyte::isa::selected().map_err(|error| import_error(error.to_string()))?;
+    Ok(())
+}
+
+/// True when [`register`] has run for the namespace.
+#[pyfunction]
+pub(crate) fn is_registered(namespace: &str) -> bool {
+    REGISTERED.lock().unwrap_or_else(PoisonError::into_inner).contains(namespace)
+}
+
+/// Registers the CPU kernels of every op under `namespace`, once.
+#[pyfunction]
+pub(crate) fn register(namespace: &str) -> PyResult<()> {
+    let mut registered = REGISTERED.lock().unwrap_or_else(PoisonError::into_inner);
+    if registered.contains(namespace) {
+        return Ok(());
+    }
+    let name = CString::new(namespace).map_err(value)?;
+    let s = shim::shim();
+    let mut library = std::ptr::null_mut();
+    // SAFETY: the strings are NUL-terminated and copied by libtorch. `library` is never freed:
+    // the kernels stay registered as long as the process lives.
+    unsafe {
+        let (key, file) = (c"CPU".as_ptr(), c"halfbyte-torch".as_ptr());
+        shim::check((s.aoti_torch_library_init_impl)(
+            name.as_ptr(),
+            key,
+            file,
+            0,
+            &raw mut library,
+        ))
+        .map_err(runtime)?;
+        for (op, kernel) in ops::OPS {
+            shim::check((s.torch_library_impl)(library, op.as_ptr(), *kernel, shim::ABI_VERSION))
+                .map_err(runtime)?;
+        }
+    }
+    registered.insert(namespace.to_owned());
+    Ok(())
+}
+
+/// The reason of this thread's last failed op as an exception, once; `None` when there is none.
+#[pyfunction]
+pub(crate) fn take_error(py: Python<'_>) -> Option<Py<PyAny>> {
+    error::take().map(|error| error.into_value(py).into_any())
+}
+
+/// The version of this package.
+#[pyfunction]
+pub(crate) fn version() -> &'static str {
+    env!("CARGO_PKG_VERSION")
+}
+
+/// Major and minor version of the libtorch in use.
+#[pyfunction]
+pub(crate) fn abi_version() -> (u64, u64) {
+    shim::torch_version()
+}
+
+/// The instruction set that kernels use.
+#[pyfunction]
+pub(crate) fn isa() -> PyResult<&'static str> {
+    Ok(halfbyte::isa::selected().map_err(runtime)?.name())
+}
+
+/// The instruction sets of this machine, slowest first.
+#[pyfunction]
+pub(crate) fn available_isas() -> Vec<&'static str> {
+    halfbyte::isa::available().into_iter().map(halfbyte::Isa::name).collect()
+}
+
+/// The number of threads that the last op used.
+#[pyfunction]
+pub(crate) fn num_threads() -> usize {
+    halfbyte::threads::num_threads()
+}
+
+/// The 16 values of `"nf4"` or `"fp4"`, by index.
+#[pyfunction]
+pub(crate) fn code4(quant_type: &str) -> PyResult<Vec<f32>> {
+    Ok(quant_type.parse::<Code4>().map_err(value)?.table().to_vec())
+}
+
+/// The 256 values of the dynamic map, ascending.
+#[pyfunction]
+pub(crate) fn dynamic_map(
+    signed: bool,
+    max_exponent_bits: u32,
+    total_bits: u32,
+) -> PyResult<Vec<f32>> {
+    if (max_exponent_bits, total_bits) != (7, 8) {
+        return Err(value(
+            "the dynamic map has 7 exponent bits and 8 bits in total in this version",
+        ));
+    }
+    Ok(Code8::dynamic(signed).values().to_vec())
+}
+
+/// Refuses what no block size is.
+#[pyfunction]
+pub(crate) fn check_blocksize(blocksize: i64) -> PyResult<()> {
+    ops::block_size(blocksize).map(drop).map_err(value)
+}
+
+/// Refuses what no 4-bit type is called.
+#[pyfunction]
+pub(crate) fn check_quant_type(quant_type: &str) -> PyResult<()> {
+    quant_type.parse::<Code4>().map(drop).map_err(value)
+}

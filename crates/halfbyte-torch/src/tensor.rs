@@ -1,0 +1,433 @@
+//! Tensors as kernels see them: an owning handle, and checked slices of its memory.
+
+use crate::error::{Error, Result};
+use crate::shim::{Handle, Value, check, shim};
+use halfbyte::{bf16, f16};
+use std::ffi::c_void;
+use std::sync::OnceLock;
+
+/// `at::ScalarType` by the number that this libtorch gives it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ScalarType(pub(crate) i32);
+
+/// The element types this crate knows by name.
+struct Known {
+    code: ScalarType,
+    name: &'static str,
+    size: usize,
+}
+
+fn known() -> &'static [Known] {
+    static KNOWN: OnceLock<Vec<Known>> = OnceLock::new();
+    KNOWN.get_or_init(|| {
+        let s = shim();
+        // SAFETY: these functions take nothing and return a constant.
+        let codes = unsafe {
+            [
+                ((s.aoti_torch_dtype_float32)(), "float32", 4),
+                ((s.aoti_torch_dtype_uint8)(), "uint8", 1),
+                ((s.aoti_torch_dtype_bfloat16)(), "bfloat16", 2),
+                ((s.aoti_torch_dtype_float16)(), "float16", 2),
+                ((s.aoti_torch_dtype_float64)(), "float64", 8),
+                ((s.aoti_torch_dtype_int8)(), "int8", 1),
+                ((s.aoti_torch_dtype_int16)(), "int16", 2),
+                ((s.aoti_torch_dtype_int32)(), "int32", 4),
+                ((s.aoti_torch_dtype_int64)(), "int64", 8),
+                ((s.aoti_torch_dtype_bool)(), "bool", 1),
+            ]
+        };
+        codes
+            .into_iter()
+            .map(|(code, name, size)| Known { code: ScalarType(code), name, size })
+            .collect()
+    })
+}
+
+impl ScalarType {
+    /// Bytes per element, for the types that can hold packed codes.
+    pub(crate) fn size(self) -> Option<usize> {
+        known().iter().find(|k| k.code == self).map(|k| k.size)
+    }
+
+    /// As PyTorch prints it, without the `torch.` prefix.
+    pub(crate) fn name(self) -> String {
+        known()
+            .iter()
+            .find(|k| k.code == self)
+            .map_or_else(|| format!("dtype number {}", self.0), |k| k.name.to_owned())
+    }
+}
+
+/// Rust types that tensors hold.
+pub(crate) trait Scalar: Copy + 'static {
+    fn scalar_type() -> ScalarType;
+}
+
+macro_rules! scalar {
+    ($($t:ty => $index:literal),*) => { $(impl Scalar for $t {
+        #[inline]
+        fn scalar_type() -> ScalarType {
+            known()[$index].code
+        }
+    })* };
+}
+scalar!(f32 => 0, u8 => 1, bf16 => 2, f16 => 3);
+
+/// Runs `$body` with `$t` bound to the Rust type of a float32, float16 or bfloat16 `$dtype`.
+macro_rules! with_float {
+    ($dtype:expr, $what:literal, $t:ident => $body:expr) => {{
+        let dtype: $crate::tensor::ScalarType = $dtype;
+        if dtype == <f32 as $crate::tensor::Scalar>::scalar_type() {
+            type $t = f32;
+            $body
+        } else if dtype == <halfbyte::bf16 as $crate::tensor::Scalar>::scalar_type() {
+            type $t = halfbyte::bf16;
+            $body
+        } else if dtype == <halfbyte::f16 as $crate::tensor::Scalar>::scalar_type() {
+            type $t = halfbyte::f16;
+            $body
+        } else {
+            Err($crate::error::Error::Value(format!(
+                concat!($what, " must be float32, float16 or bfloat16, got {}"),
+                dtype.name()
+            )))
+        }
+    }};
+}
+pub(crate) use with_float;
+
+/// An owning tensor handle.
+#[derive(Debug)]
+pub(crate) struct Tensor(Handle);
+
+impl Drop for Tensor {
+    fn drop(&mut self) {
+        // SAFETY: the handle is owned and freed once.
+        unsafe { (shim().aoti_torch_delete_tensor_object)(self.0) };
+    }
+}
+
+impl Tensor {
+    /// # Safety
+    /// `value` is an owning tensor handle that nobody else frees.
+    pub(crate) unsafe fn from_value(value: Value) -> Self {
+        Self(value as usize as Handle)
+    }
+
+    /// Hands the ownership over.
+    pub(crate) fn into_value(self) -> Value {
+        std::mem::ManuallyDrop::new(self).0 as usize as Value
+    }
+
+    /// A fresh contiguous CPU tensor.
+    pub(crate) fn empty(sizes: &[i64], dtype: ScalarType) -> Result<Self> {
+        const INLINE: usize = 8;
+        let mut few = [0i64; INLINE];
+        let mut many = Vec::new();
+        let strides: &mut [i64] = if sizes.len() <= INLINE {
+            &mut few[..sizes.len()]
+        } else {
+            many.resize(sizes.len(), 0);
+            &mut many
+        };
+        let mut step = 1;
+        for (stride, size) in strides.iter_mut().zip(sizes).rev() {
+            *stride = step;
+            step *= size.max(&1);
+        }
+        let mut handle = std::ptr::null_mut();
+        let s = shim();
+        // SAFETY: both arrays hold `sizes.len()` entries.
+        check(unsafe {
+            (s.aoti_torch_empty_strided)(
+                sizes.len() as i64,
+                sizes.as_ptr(),
+                strides.as_ptr(),
+                dtype.0,
+                (s.aoti_torch_device_type_cpu)(),
+                0,
+                &raw mut handle,
+            )
+        })?;
+        Ok(Self(handle))
+    }
+
+    /// A fresh 0-dimensional float32 tensor.
+    pub(crate) fn scalar(value: f32) -> Result<Self> {
+        let tensor = Self::empty(&[], f32::scalar_type())?;
+        tensor.write("scalar")?.slice_mut::<f32>()?[0] = value;
+        Ok(tensor)
+    }
+
+    pub(crate) fn dim(&self) -> Result<usize> {
+        let mut dim = 0;
+        // SAFETY: the handle is valid.
+        check(unsafe { (shim().aoti_torch_get_dim)(self.0, &raw mut dim) })?;
+        Ok(dim as usize)
+    }
+
+    pub(crate) fn numel(&self) -> Result<usize> {
+        let mut numel = 0;
+        // SAFETY: the handle is valid.
+        check(unsafe { (shim().aoti_torch_get_numel)(self.0, &raw mut numel) })?;
+        Ok(numel as usize)
+    }
+
+    pub(crate) fn sizes(&self) -> Result<&[i64]> {
+        let dim = self.dim()?;
+        let mut sizes = std::ptr::null_mut();
+        // SAFETY: the handle is valid.
+        check(unsafe { (shim().aoti_torch_get_sizes)(self.0, &raw mut sizes) })?;
+        // SAFETY: the tensor, which outlives the borrow, owns `dim` sizes.
+        Ok(unsafe { borrowed(sizes, dim) })
+    }
+
+    fn strides(&self) -> Result<&[i64]> {
+        let dim = self.dim()?;
+        let mut strides = std::ptr::null_mut();
+        // SAFETY: the handle is valid.
+        check(unsafe { (shim().aoti_torch_get_strides)(self.0, &raw mut strides) })?;
+        // SAFETY: the tensor, which outlives the borrow, owns `dim` strides.
+        Ok(unsafe { borrowed(strides, dim) })
+    }
+
+    pub(crate) fn dtype(&self) -> Result<ScalarType> {
+        let mut dtype = 0;
+        // SAFETY: the handle is valid.
+        check(unsafe { (shim().aoti_torch_get_dtype)(self.0, &raw mut dtype) })?;
+        Ok(ScalarType(dtype))
+    }
+
+    fn item_size(&self) -> Result<usize> {
+        let dtype = self.dtype()?;
+        dtype
+            .size()
+            .ok_or_else(|| Error::Type(format!("tensors of {} are not supported", dtype.name())))
+    }
+
+    fn copy_from(&self, source: &Self) -> Result<()> {
+        // SAFETY: both handles are valid.
+        check(unsafe { (shim().aoti_torch_copy_)(self.0, source.0, 0) })
+    }
+
+    /// Checks that the memory the tensor claims is really there: on the CPU, and inside its
+    /// storage (FSDP shrinks storages under live tensors). Says if it is contiguous.
+    fn inspect(&self, what: &str) -> Result<Inspection> {
+        let s = shim();
+        let (mut device, mut offset, mut storage) = (0, 0, 0);
+        // SAFETY: the handle is valid.
+        unsafe {
+            check((s.aoti_torch_get_device_type)(self.0, &raw mut device))?;
+            if device != (s.aoti_torch_device_type_cpu)() {
+                return Err(Error::Value(format!(
+                    "{what} must be on the CPU like the other tensors"
+                )));
+            }
+            check((s.aoti_torch_get_storage_offset)(self.0, &raw mut offset))?;
+            check((s.aoti_torch_get_storage_size)(self.0, &raw mut storage))?;
+        }
+        let (numel, item) = (self.numel()?, self.item_size()?);
+        let (mut contiguous, mut step, mut last) = (true, 1i64, 0i64);
+        if numel > 0 {
+            for (&size, &stride) in self.sizes()?.iter().zip(self.strides()?).rev() {
+                if size != 1 {
+                    contiguous &= stride == step;
+                    step *= size;
+                    last = last.saturating_add((size - 1).saturating_mul(stride));
+                }
+            }
+            let end = offset.saturating_add(last).saturating_add(1).saturating_mul(item as i64);
+            if end > storage {
+                return Err(Error::Value(format!(
+                    "{what} needs {end} bytes of storage, but its storage holds {storage} \
+                     (was it freed or resized?)"
+                )));
+            }
+        }
+        Ok(Inspection { contiguous, numel, bytes: numel * item, item })
+    }
+
+    /// The elements for reading: in place when contiguous, else a contiguous copy.
+    pub(crate) fn read(&self, what: &'static str) -> Result<Source> {
+        let inspection = self.inspect(what)?;
+        if inspection.contiguous {
+            let data = self.const_data(&inspection)?;
+            if data as usize % inspection.item == 0 {
+                return Ok(Source { what, data, inspection, dtype: self.dtype()?, _copy: None });
+            }
+        }
+        self.copied(what, self.dtype()?)
+    }
+
+    /// The elements as `T`, converted when the tensor has another dtype.
+    pub(crate) fn read_as<T: Scalar>(&self, what: &'static str) -> Result<Source> {
+        if self.dtype()? == T::scalar_type() {
+            return self.read(what);
+        }
+        self.inspect(what)?;
+        self.copied(what, T::scalar_type())
+    }
+
+    fn copied(&self, what: &'static str, dtype: ScalarType) -> Result<Source> {
+        let copy = Self::empty(self.sizes()?, dtype)?;
+        copy.copy_from(self)?;
+        let inspection = copy.inspect(what)?;
+        let data = copy.const_data(&inspection)?;
+        Ok(Source { what, data, inspection, dtype, _copy: Some(copy) })
+    }
+
+    fn const_data(&self, inspection: &Inspection) -> Result<*const c_void> {
+        let mut data = std::ptr::null();
+        // SAFETY: the handle is valid.
+        check(unsafe { (shim().torch_get_const_data_ptr)(self.0, &raw mut data) })?;
+        inspection.present(data)
+    }
+
+    /// The elements for writing: in place when contiguous, else a buffer that
+    /// [`Destination::finish`] copies back.
+    pub(crate) fn write(&self, what: &'static str) -> Result<Destination<'_>> {
+        let inspection = self.inspect(what)?;
+        let dtype = self.dtype()?;
+        if inspection.contiguous {
+            let data = self.mutable_data(&inspection)?;
+            if data as usize % inspection.item == 0 {
+                return Ok(Destination { what, tensor: self, data, inspection, dtype, copy: None });
+            }
+        }
+        let copy = Self::empty(self.sizes()?, dtype)?;
+        let inspection = copy.inspect(what)?;
+        let data = copy.mutable_data(&inspection)?;
+        Ok(Destination { what, tensor: self, data, inspection, dtype, copy: Some(copy) })
+    }
+
+    fn mutable_data(&self, inspection: &Inspection) -> Result<*mut c_void> {
+        let mut data = std::ptr::null_mut();
+        // SAFETY: the handle is valid.
+        check(unsafe { (shim().torch_get_mutable_data_ptr)(self.0, &raw mut data) })?;
+        inspection.present(data).map(<*const c_void>::cast_mut)
+    }
+}
+
+/// # Safety
+/// `data` points to `len` values that live as long as the borrow, unless `len` is 0.
+unsafe fn borrowed<'a, T>(data: *const T, len: usize) -> &'a [T] {
+    if len == 0 {
+        return &[];
+    }
+    // SAFETY: by the caller's contract.
+    unsafe { std::slice::from_raw_parts(data, len) }
+}
+
+/// What [`Tensor::inspect`] has established.
+#[derive(Debug)]
+struct Inspection {
+    contiguous: bool,
+    numel: usize,
+    bytes: usize,
+    item: usize,
+}
+
+impl Inspection {
+    /// Empty tensors have no address; they get one that is aligned for everything.
+    fn present(&self, data: *const c_void) -> Result<*const c_void> {
+        if self.bytes == 0 {
+            return Ok(std::ptr::without_provenance(64));
+        }
+        if data.is_null() {
+            return Err(Error::Value("a tensor without memory was passed".into()));
+        }
+        Ok(data)
+    }
+}
+
+/// Checked, contiguous, aligned memory for reading. The tensor it was made from must stay alive,
+/// as it does for the whole run of a kernel.
+#[derive(Debug)]
+pub(crate) struct Source {
+    what: &'static str,
+    data: *const c_void,
+    inspection: Inspection,
+    dtype: ScalarType,
+    _copy: Option<Tensor>,
+}
+
+impl Source {
+    pub(crate) fn len(&self) -> usize {
+        self.inspection.numel
+    }
+
+    pub(crate) fn dtype(&self) -> ScalarType {
+        self.dtype
+    }
+
+    /// The raw bytes, whatever the dtype.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        // SAFETY: `inspect` checked that the tensor owns this many bytes.
+        unsafe { std::slice::from_raw_parts(self.data.cast(), self.inspection.bytes) }
+    }
+
+    /// # Errors
+    /// [`Error::Type`] when the tensor holds another dtype.
+    pub(crate) fn slice<T: Scalar>(&self) -> Result<&[T]> {
+        expect_dtype::<T>(self.what, self.dtype)?;
+        // SAFETY: the dtype is T's, the length was checked by `inspect`, the alignment by `read`.
+        Ok(unsafe { std::slice::from_raw_parts(self.data.cast(), self.inspection.numel) })
+    }
+}
+
+/// Checked, contiguous, aligned memory for writing.
+#[derive(Debug)]
+pub(crate) struct Destination<'a> {
+    what: &'static str,
+    tensor: &'a Tensor,
+    data: *mut c_void,
+    inspection: Inspection,
+    dtype: ScalarType,
+    copy: Option<Tensor>,
+}
+
+impl Destination<'_> {
+    pub(crate) fn dtype(&self) -> ScalarType {
+        self.dtype
+    }
+
+    /// The raw bytes, whatever the dtype.
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: `inspect` checked that the tensor owns this many bytes. Torch hands memory out
+        // through an opaque call, so it counts as initialized.
+        unsafe { std::slice::from_raw_parts_mut(self.data.cast(), self.inspection.bytes) }
+    }
+
+    /// # Errors
+    /// [`Error::Type`] when the tensor holds another dtype.
+    pub(crate) fn slice_mut<T: Scalar>(&mut self) -> Result<&mut [T]> {
+        expect_dtype::<T>(self.what, self.dtype)?;
+        // SAFETY: the dtype is T's, the length was checked by `inspect`, the alignment by
+        // `write`; memory from torch counts as initialized (see `bytes_mut`).
+        Ok(unsafe { std::slice::from_raw_parts_mut(self.data.cast(), self.inspection.numel) })
+    }
+
+    /// Refuses to write over memory that is being read.
+    pub(crate) fn apart_from(&self, source: &Source) -> Result<()> {
+        let (a, b) = (self.data as usize, source.data as usize);
+        if a < b + source.inspection.bytes && b < a + self.inspection.bytes {
+            return Err(Error::Value(format!("{} must not overlap {}", self.what, source.what)));
+        }
+        Ok(())
+    }
+
+    /// Copies the result to where it belongs, if it was written elsewhere.
+    pub(crate) fn finish(self) -> Result<()> {
+        match &self.copy {
+            Some(copy) => self.tensor.copy_from(copy),
+            None => Ok(()),
+        }
+    }
+}
+
+fn expect_dtype<T: Scalar>(what: &str, got: ScalarType) -> Result<()> {
+    if got == T::scalar_type() {
+        return Ok(());
+    }
+    Err(Error::Type(format!("{what} must be {}, got {}", T::scalar_type().name(), got.name())))
+}

@@ -1,0 +1,148 @@
+//! AVX-512. A dword of packed bytes is a unit of 8 codes, a lane of a vector; `vpermps` looks a
+//! code up by the low four bits of its lane and ignores the rest, so an index vector needs no
+//! masking.
+
+use super::{GROUP_VECTORS, Kernel, Layout, Line, Product, Sums, finish, pack};
+use crate::Element;
+use std::arch::x86_64::*;
+use std::ops::Range;
+
+pub(super) struct Avx512;
+
+#[allow(clippy::inline_always)] // the functions below must end up inside `block`, `pack`, `finish`
+impl Kernel for Avx512 {
+    type V = __m512;
+    type Table = __m512;
+    const LANES: usize = 16;
+    /// Vector 2 i holds the high nibble of byte i of each lane's dword, 2 i + 1 the low one.
+    const CODE_AT: [u8; 128] = {
+        let mut code_at = [0; 128];
+        let mut i = 0;
+        while i < 128 {
+            code_at[i] = (i % 16 * 8 + i / 16) as u8;
+            i += 1;
+        }
+        code_at
+    };
+    const SCALES: usize = 1;
+    const WEIGHT_ROWS: usize = 3;
+    const ROWS: usize = 8;
+    const DIRECT_ROWS: usize = 3;
+
+    #[inline(always)]
+    unsafe fn table(table: &[f32; 16]) -> __m512 {
+        // SAFETY: 16 floats.
+        unsafe { _mm512_loadu_ps(table.as_ptr()) }
+    }
+
+    /// Loads at the four byte offsets take the place of three of the seven shifts: shifts compete
+    /// with look-ups and multiply-adds for two ports, loads do not.
+    #[inline(always)]
+    unsafe fn codes<const PAST_END: bool>(
+        table: __m512,
+        packed: *const u8,
+    ) -> [__m512; GROUP_VECTORS] {
+        // SAFETY: 64 bytes are readable at `packed`, and 3 more if `PAST_END`.
+        unsafe {
+            let a = _mm512_loadu_si512(packed.cast());
+            let [b, c, d] = if PAST_END {
+                [
+                    _mm512_loadu_si512(packed.add(1).cast()),
+                    _mm512_loadu_si512(packed.add(2).cast()),
+                    _mm512_loadu_si512(packed.add(3).cast()),
+                ]
+            } else {
+                [_mm512_srli_epi32::<8>(a), _mm512_srli_epi32::<16>(a), _mm512_srli_epi32::<24>(a)]
+            };
+            [
+                _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(a), table),
+                _mm512_permutexvar_ps(a, table),
+                _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(b), table),
+                _mm512_permutexvar_ps(b, table),
+                _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(c), table),
+                _mm512_permutexvar_ps(c, table),
+                _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(d), table),
+                _mm512_permutexvar_ps(d, table),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn scale(units: *const f32, _: usize) -> __m512 {
+        // SAFETY: 16 units.
+        unsafe { _mm512_loadu_ps(units) }
+    }
+
+    #[inline(always)]
+    unsafe fn zero() -> __m512 {
+        // SAFETY: inlined where AVX-512 is enabled, as is everything below.
+        unsafe { _mm512_setzero_ps() }
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> __m512 {
+        // SAFETY: 16 floats.
+        unsafe { _mm512_loadu_ps(from) }
+    }
+    #[inline(always)]
+    unsafe fn store(to: *mut f32, v: __m512) {
+        // SAFETY: room for 16 floats.
+        unsafe { _mm512_storeu_ps(to, v) }
+    }
+    #[inline(always)]
+    unsafe fn mul(a: __m512, b: __m512) -> __m512 {
+        // SAFETY: see `zero`.
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
+        // SAFETY: see `zero`.
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+    #[inline(always)]
+    unsafe fn add(a: __m512, b: __m512) -> __m512 {
+        // SAFETY: see `zero`.
+        unsafe { _mm512_add_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn sum(v: __m512) -> f32 {
+        // SAFETY: see `zero`.
+        unsafe { _mm512_reduce_add_ps(v) }
+    }
+    #[inline(always)]
+    unsafe fn prefetch(at: *const u8) {
+        // SAFETY: a prefetch never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn widen<T: Element>(from: *const T) -> __m512 {
+        // SAFETY: 16 elements.
+        unsafe { T::load16(from) }
+    }
+    #[inline(always)]
+    unsafe fn narrow<T: Element>(to: *mut T, v: __m512) {
+        // SAFETY: room for 16 elements.
+        unsafe { T::store16(to, v) }
+    }
+
+    #[inline(always)]
+    unsafe fn splat8(to: *mut f32, scale: f32) {
+        // SAFETY: room for 8 floats.
+        unsafe { _mm256_storeu_ps(to, _mm256_set1_ps(scale)) }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+    unsafe fn pack<T: Element>(input: &[T], layout: Layout, to: &mut [Line]) {
+        // SAFETY: the caller's promises.
+        unsafe { pack::<T, Self>(input, layout, to) }
+    }
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+    unsafe fn block(product: &Product<'_>, features: Range<usize>, sums: &mut Sums) {
+        // SAFETY: the caller's promises.
+        unsafe { product.block::<Self>(features, sums) }
+    }
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+    unsafe fn finish<T: Element>(sums: &[f32], bias: Option<&[T]>, out: &mut [T]) {
+        // SAFETY: the caller's promises.
+        unsafe { finish::<T, Self>(sums, bias, out) }
+    }
+}

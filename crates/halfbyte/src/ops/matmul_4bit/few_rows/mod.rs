@@ -1,0 +1,909 @@
+//! The product for few activation rows: each weight code is read once, and the time goes to
+//! reading packed bytes (one row) or to multiply-adds (16 rows).
+//!
+//! ```text
+//! for each output feature o, in tasks:
+//!     for each block of row o: scale = the block's absmax
+//!         for each code q:     acc[m] += x[m][k] * (table[q] * scale)
+//!     out[m][o] = round(sum of acc[m] + bias[o])
+//! ```
+//!
+//! Liberties taken with it:
+//! 1. Codes are decoded a *group* of 8 vectors at a time, in the lane order that costs the fewest
+//!    instructions ([`Kernel::CODE_AT`]); the activations are put into the same order once a call.
+//! 2. A scale is looked up once per block and spread to one float32 for each *unit* of 8 codes
+//!    (4 bytes). Nested scales go through a table of the 256 values that the second level's
+//!    current block can take.
+//! 3. For the fewest rows ([`Kernel::DIRECT_ROWS`]) decoded codes stay in registers and the scale
+//!    multiplies the unit's partial sum. For more rows a tile of the weight is decoded into the
+//!    first-level cache and multiplied by all rows from there.
+//! 4. Rows whose units straddle two blocks (`in_features` no multiple of 8) take the tiled way
+//!    with the few codes behind each border decoded again by plain code.
+//!
+//! Every output is one chain of multiply-adds per lane over ascending groups, then a fixed tree
+//! over lanes: who computes it, and beside which others, does not change its bits.
+//!
+//! With `u = 2^-24`, `n = in_features`, and weights taken as the exact `table[q] * scale`, a result
+//! before its final rounding lies within `(n / LANES + 16) * u * (sum |x * w| + |bias|)` of the
+//! exact one, to first order and short of underflow: `n / LANES` additions in a lane at most, 8 in
+//! a unit, 4 in the tree, the products and the bias. `LANES` is 16, 8 and 4 for AVX-512, AVX2 and
+//! NEON.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+#[cfg(test)]
+mod tests;
+
+use super::{Weight4, scalar};
+use crate::Element;
+use crate::isa::Isa;
+use crate::ops::Scales;
+use crate::threads::{self, Chunks, Shared};
+use std::cell::Cell;
+use std::ops::Range;
+
+/// The most rows for which this way beats the general product.
+pub(super) const MAX_ROWS: usize = 16;
+
+/// Codes per unit: a unit is 4 packed bytes, and has one scale.
+const UNIT: usize = 8;
+/// Vectors per group.
+const GROUP_VECTORS: usize = 8;
+/// Output features per block of a task: their running sums stay in the caches.
+const BLOCK: usize = 48;
+/// Codes of a weight row per tile: with the activations' tile it fits the first-level cache.
+const TILE: usize = 1024;
+/// The same for more than 8 rows.
+const NARROW_TILE: usize = 512;
+/// Units whose scales are spread at a time in the direct way: 16 KiB of the first-level cache.
+const SPREAD_UNITS: usize = 4096;
+/// Codes of a weight row per step of the direct way: two rows' scales are spread at a time.
+const SEGMENT: usize = SPREAD_UNITS / 2 * UNIT;
+/// Reordered activations of one pass over the weight: at most 1 MiB (or one row, if longer).
+const PASS_FLOATS: usize = 1 << 18;
+/// Multiply-adds worth a task of its own, about 5 us.
+const TASK_WORK: usize = 1 << 17;
+
+/// As [`super::matmul_4bit`], for any number of rows, in passes of at most [`MAX_ROWS`].
+pub(super) fn forward<T: Element>(
+    isa: Isa,
+    input: &[T],
+    rows: usize,
+    weight: &Weight4<'_>,
+    bias: Option<&[T]>,
+    out: &mut [T],
+) {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => spread::<T, avx512::Avx512>(input, rows, weight, bias, out),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => spread::<T, avx2::Avx2>(input, rows, weight, bias, out),
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => spread::<T, neon::Neon>(input, rows, weight, bias, out),
+        _ => scalar::forward(input, rows, weight, bias, out),
+    }
+}
+
+/// The vectors of one instruction set. All functions are unsafe for one reason: they must be
+/// inlined into a function that enables the instruction set, on a machine that has it.
+trait Kernel: Sized {
+    /// A vector of float32.
+    type V: Copy;
+    /// Float32 lanes per vector, and units per group.
+    const LANES: usize;
+    /// Codes per group.
+    const GROUP: usize = GROUP_VECTORS * Self::LANES;
+    /// The code, counted from the start of its group, that lane `i % LANES` of vector `i / LANES`
+    /// holds. Only the first `GROUP` entries count.
+    const CODE_AT: [u8; 128];
+    /// Distinct scale vectors in a group; vector `v` takes number `v * SCALES / 8`.
+    const SCALES: usize;
+    /// Weight rows that share each load of the activations, when tiled.
+    const WEIGHT_ROWS: usize;
+    /// Activation rows that share each load of the weight, when tiled.
+    const ROWS: usize;
+    /// The most rows that go the direct way.
+    const DIRECT_ROWS: usize;
+    /// The decoding table, in registers.
+    type Table: Copy;
+
+    unsafe fn table(table: &[f32; 16]) -> Self::Table;
+    /// Decodes the `GROUP / 2` bytes at `packed`. `PAST_END` permits reading 3 bytes more.
+    unsafe fn codes<const PAST_END: bool>(
+        table: Self::Table,
+        packed: *const u8,
+    ) -> [Self::V; GROUP_VECTORS];
+    /// Lane by lane, the scales of the vectors that take scale vector `i`, from the `LANES` units'
+    /// scales at `units`.
+    unsafe fn scale(units: *const f32, i: usize) -> Self::V;
+
+    unsafe fn zero() -> Self::V;
+    unsafe fn load(from: *const f32) -> Self::V;
+    unsafe fn store(to: *mut f32, v: Self::V);
+    unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
+    /// `a * b + c`, rounded once.
+    unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
+    /// The sum of all lanes.
+    unsafe fn sum(v: Self::V) -> f32;
+    /// Fetches a line of the packed weight ahead of its use. Any address will do.
+    unsafe fn prefetch(at: *const u8);
+    /// `LANES` elements as float32.
+    unsafe fn widen<T: Element>(from: *const T) -> Self::V;
+    /// Rounds and stores `LANES` elements.
+    unsafe fn narrow<T: Element>(to: *mut T, v: Self::V);
+
+    /// Stores 8 times `scale`.
+    unsafe fn splat8(to: *mut f32, scale: f32);
+
+    /// [`pack`] with the instruction set enabled.
+    unsafe fn pack<T: Element>(input: &[T], layout: Layout, to: &mut [Line]);
+    /// [`Product::block`] with the instruction set enabled.
+    unsafe fn block(product: &Product<'_>, features: Range<usize>, sums: &mut Sums);
+    /// [`finish`] with the instruction set enabled.
+    unsafe fn finish<T: Element>(sums: &[f32], bias: Option<&[T]>, out: &mut [T]);
+}
+
+/// A cache line of float32.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([f32; 16]);
+
+const _: () = assert!(size_of::<Line>() == 64);
+
+/// Where the reordered activations lie: for each batch of at most `Kernel::ROWS` rows, for each
+/// vector of each group, that vector of each row of the batch.
+#[derive(Clone, Copy)]
+struct Layout {
+    rows: usize,
+    in_features: usize,
+    /// Rows of all batches but the last, which may be shorter.
+    batch: usize,
+    groups: usize,
+    group: usize,
+}
+
+impl Layout {
+    fn new<K: Kernel>(rows: usize, in_features: usize) -> Self {
+        let batch = rows.div_ceil(rows.div_ceil(K::ROWS));
+        Self { rows, in_features, batch, groups: in_features.div_ceil(K::GROUP), group: K::GROUP }
+    }
+
+    /// Float32 values in a batch's part per row.
+    const fn padded(self) -> usize {
+        self.groups * self.group
+    }
+
+    /// Start of the vectors of `group` in the batch that starts at `row`.
+    const fn at(self, row: usize, group: usize) -> usize {
+        row * self.padded() + group * self.group * self.batch_rows(row)
+    }
+
+    const fn batch_rows(self, row: usize) -> usize {
+        let left = self.rows - row;
+        if left < self.batch { left } else { self.batch }
+    }
+}
+
+thread_local! {
+    /// The reordered activations' memory, kept from call to call.
+    static SCRATCH: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
+}
+
+fn spread<T: Element, K: Kernel>(
+    input: &[T],
+    rows: usize,
+    weight: &Weight4<'_>,
+    bias: Option<&[T]>,
+    out: &mut [T],
+) {
+    let (n, k) = (weight.out_features, weight.in_features);
+    if rows == 0 || n == 0 {
+        return;
+    }
+    let per_pass = (PASS_FLOATS / k.next_multiple_of(K::GROUP).max(1)).clamp(1, MAX_ROWS);
+    let mut scratch = SCRATCH.take();
+    for first in (0..rows).step_by(per_pass) {
+        let rows = per_pass.min(rows - first);
+        let layout = Layout::new::<K>(rows, k);
+        let lines = (rows * layout.padded()).div_ceil(16);
+        if scratch.len() < lines {
+            scratch.resize(lines, Line([0.0; 16]));
+        }
+        // SAFETY: `K` is available: `forward` is given an instruction set that this machine has.
+        unsafe { K::pack(&input[first * k..(first + rows) * k], layout, &mut scratch) };
+        let product = Product { weight, layout, x: scratch.as_ptr().cast() };
+        let out = Shared::new(&mut out[first * n..(first + rows) * n]);
+        let tasks = Chunks::new(n, TASK_WORK / (rows * k).max(1), BLOCK);
+        threads::run(tasks.count(), |i| {
+            let mut sums = Sums([[0.0; BLOCK]; MAX_ROWS]);
+            let features = tasks.range(i);
+            for start in features.clone().step_by(BLOCK) {
+                let block = start..(start + BLOCK).min(features.end);
+                // SAFETY: `K` is available; the scratch is as `pack` left it.
+                unsafe { K::block(&product, block.clone(), &mut sums) };
+                for (row, sums) in sums.0.iter().take(rows).enumerate() {
+                    let bias = bias.map(|b| &b[block.clone()]);
+                    // SAFETY: blocks do not overlap, nor do rows; `K` is available.
+                    unsafe {
+                        let out = out.part(row * n + block.start..row * n + block.end);
+                        K::finish(&sums[..block.len()], bias, out);
+                    }
+                }
+            }
+        });
+    }
+    if scratch.len() * 16 <= PASS_FLOATS {
+        SCRATCH.set(scratch);
+    }
+}
+
+/// Reorders the activations.
+///
+/// # Safety
+/// As for [`Kernel`]; `to` holds `layout.rows * layout.padded()` floats.
+#[inline(always)]
+unsafe fn pack<T: Element, K: Kernel>(input: &[T], layout: Layout, to: &mut [Line]) {
+    let k = layout.in_features;
+    let to: *mut f32 = to.as_mut_ptr().cast();
+    let mut codes = Line2([0.0; 128]);
+    for (row, x) in input.chunks_exact(k.max(1)).enumerate() {
+        let first = row - row % layout.batch;
+        let stride = layout.batch_rows(first) * K::LANES;
+        for (g, x) in x.chunks(K::GROUP).enumerate() {
+            for (x, codes) in x.chunks(K::LANES).zip(codes.0.chunks_exact_mut(K::LANES)) {
+                if x.len() == K::LANES {
+                    // SAFETY: `x` and `codes` hold `LANES` elements.
+                    unsafe { K::store(codes.as_mut_ptr(), K::widen(x.as_ptr())) };
+                } else {
+                    codes.fill(0.0);
+                    codes.iter_mut().zip(x).for_each(|(c, x)| *c = x.to_f32());
+                }
+            }
+            codes.0[x.len().next_multiple_of(K::LANES)..].fill(0.0);
+            // SAFETY: vectors of group `g` of this row, inside the batch's part.
+            let to = unsafe { to.add(layout.at(first, g) + (row - first) * K::LANES) };
+            for v in 0..GROUP_VECTORS {
+                for lane in 0..K::LANES {
+                    let code = K::CODE_AT[v * K::LANES + lane] as usize;
+                    // SAFETY: as above.
+                    unsafe { *to.add(v * stride + lane) = codes.0[code] };
+                }
+            }
+        }
+    }
+}
+
+#[repr(align(64))]
+struct Line2([f32; 128]);
+
+/// The sums of a block's features, for each row.
+#[repr(align(64))]
+struct Sums([[f32; BLOCK]; MAX_ROWS]);
+
+/// One pass over the weight, shared by all threads.
+struct Product<'a> {
+    weight: &'a Weight4<'a>,
+    layout: Layout,
+    /// The reordered activations.
+    x: *const f32,
+}
+
+// SAFETY: `x` is only read while tasks run; every other field is `Sync`.
+unsafe impl Sync for Product<'_> {}
+
+/// A buffer on the stack, aligned to cache lines, written before it is read.
+#[repr(align(64))]
+struct Buffer<const N: usize>(std::mem::MaybeUninit<[f32; N]>);
+
+impl<const N: usize> Buffer<N> {
+    #[inline(always)]
+    const fn new() -> Self {
+        Self(std::mem::MaybeUninit::uninit())
+    }
+
+    #[inline(always)]
+    const fn ptr(&mut self) -> *mut f32 {
+        self.0.as_mut_ptr().cast()
+    }
+
+    /// A part that is about to be written.
+    #[inline(always)]
+    fn part(&mut self, start: usize, len: usize) -> &mut [f32] {
+        assert!(start + len <= N);
+        // SAFETY: in bounds.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr().add(start), len) }
+    }
+}
+
+/// Adds the bias, rounds and stores.
+///
+/// # Safety
+/// As for [`Kernel`]; all three are as long.
+#[inline(always)]
+unsafe fn finish<T: Element, K: Kernel>(sums: &[f32], bias: Option<&[T]>, out: &mut [T]) {
+    let whole = out.len() - out.len() % K::LANES;
+    for i in (0..whole).step_by(K::LANES) {
+        // SAFETY: `LANES` elements from `i` are in all three.
+        unsafe {
+            let mut v = K::load(sums.as_ptr().add(i));
+            if let Some(bias) = bias {
+                v = K::add(v, K::widen(bias.as_ptr().add(i)));
+            }
+            K::narrow(out.as_mut_ptr().add(i), v);
+        }
+    }
+    for i in whole..out.len() {
+        out[i] = T::from_f32(bias.map_or(sums[i], |b| sums[i] + b[i].to_f32()));
+    }
+}
+
+impl Product<'_> {
+    /// Computes the output features `features`, at most `BLOCK`.
+    ///
+    /// # Safety
+    /// As for [`Kernel`]; `x` is as [`pack`] left it.
+    #[inline(always)]
+    unsafe fn block<K: Kernel>(&self, features: Range<usize>, sums: &mut Sums) {
+        let mut scales = UnitScales::new(self.weight, features.len());
+        // SAFETY: the caller's promises.
+        unsafe {
+            if self.weight.in_features % UNIT == 0 && self.layout.rows <= K::DIRECT_ROWS {
+                match self.layout.rows {
+                    1 => self.direct::<K, 1>(&mut scales, features, sums),
+                    2 if K::DIRECT_ROWS >= 2 => self.direct::<K, 2>(&mut scales, features, sums),
+                    _ if K::DIRECT_ROWS >= 3 => self.direct::<K, 3>(&mut scales, features, sums),
+                    _ => unreachable!("at most DIRECT_ROWS"),
+                }
+            } else {
+                self.tiled::<K>(&mut scales, features, sums);
+            }
+        }
+    }
+
+    /// Liberty 3, first way: a pair of weight rows at a time.
+    ///
+    /// # Safety
+    /// As for [`block`](Self::block); `M` is the number of rows and `in_features` a multiple of 8.
+    #[inline(always)]
+    unsafe fn direct<K: Kernel, const M: usize>(
+        &self,
+        scales: &mut UnitScales<'_>,
+        features: Range<usize>,
+        sums: &mut Sums,
+    ) {
+        let k = self.weight.in_features;
+        let mut units = Buffer::<SPREAD_UNITS>::new();
+        // Short rows' scales are spread several pairs at a time.
+        let pairs = if k <= SEGMENT { SEGMENT / k.max(1) } else { 1 };
+        for start in features.clone().step_by(2 * pairs) {
+            let end = features.end.min(start + 2 * pairs);
+            // SAFETY: the caller's promises; the pairs' units fit the buffer.
+            unsafe {
+                if k <= SEGMENT {
+                    let units = units.part(0, (end - start) * k / UNIT);
+                    scales.fill::<K>(start * k, units);
+                }
+                for o in (start..end).step_by(2) {
+                    let units = (units.ptr(), (o - start) * k / UNIT);
+                    let at = o - features.start;
+                    if o + 2 <= end {
+                        self.direct_rows::<K, M, 2>(scales, o, units, at, sums);
+                    } else {
+                        self.direct_rows::<K, M, 1>(scales, o, units, at, sums);
+                    }
+                }
+            }
+        }
+    }
+
+    /// # Safety
+    /// As for [`direct`](Self::direct), for the weight rows `o..o + R`; if rows are at most
+    /// `SEGMENT` long, the units' scales are at `units.0`, from `units.1` on.
+    #[inline(always)]
+    unsafe fn direct_rows<K: Kernel, const M: usize, const R: usize>(
+        &self,
+        scales: &mut UnitScales<'_>,
+        o: usize,
+        units: (*mut f32, usize),
+        at: usize,
+        sums: &mut Sums,
+    ) {
+        let k = self.weight.in_features;
+        // SAFETY: per step below.
+        unsafe {
+            let table = K::table(self.weight.table);
+            let mut acc = [[K::zero(); R]; M];
+            for start in (0..k).step_by(SEGMENT) {
+                let len = SEGMENT.min(k - start);
+                let (whole, rest) = (len / K::GROUP, len % K::GROUP);
+                let (units, stride) = if k <= SEGMENT {
+                    (units.0.add(units.1), k / UNIT)
+                } else {
+                    for r in 0..R {
+                        let units = units.0.add(r * (SEGMENT / UNIT));
+                        let units = std::slice::from_raw_parts_mut(units, len / UNIT);
+                        scales.fill::<K>((o + r) * k + start, units);
+                    }
+                    (units.0, SEGMENT / UNIT)
+                };
+                let mut rows = Rows {
+                    packed: self.weight.packed.as_ptr().add((o * k + start) / 2),
+                    row_bytes: k / 2,
+                    units,
+                    row_units: stride,
+                    x: self.x.add(self.layout.at(0, start / K::GROUP)),
+                };
+                // Three bytes past a group are the row's, but for its last group.
+                for _ in 1..whole {
+                    rows.group::<K, M, R, true>(table, &mut acc);
+                    rows.packed = rows.packed.add(K::GROUP / 2);
+                    rows.units = rows.units.add(K::LANES);
+                    rows.x = rows.x.add(K::GROUP * M);
+                }
+                if whole > 0 {
+                    rows.group::<K, M, R, false>(table, &mut acc);
+                    rows.packed = rows.packed.add(K::GROUP / 2);
+                    rows.units = rows.units.add(K::LANES);
+                    rows.x = rows.x.add(K::GROUP * M);
+                }
+                if rest > 0 {
+                    // Copies padded with zeros, codes and scales, meet zeros in `x`.
+                    let mut bytes = [[0u8; 64]; R];
+                    let mut scales = [[0.0f32; 16]; R];
+                    for r in 0..R {
+                        let packed = rows.packed.add(r * rows.row_bytes);
+                        packed.copy_to_nonoverlapping(bytes[r].as_mut_ptr(), rest / 2);
+                        let units = rows.units.add(r * rows.row_units);
+                        units.copy_to_nonoverlapping(scales[r].as_mut_ptr(), rest / UNIT);
+                    }
+                    rows.packed = bytes.as_ptr().cast();
+                    rows.row_bytes = 64;
+                    rows.units = scales.as_ptr().cast();
+                    rows.row_units = 16;
+                    rows.group::<K, M, R, false>(table, &mut acc);
+                }
+            }
+            for m in 0..M {
+                for r in 0..R {
+                    sums.0[m][at + r] = K::sum(acc[m][r]);
+                }
+            }
+        }
+    }
+
+    /// Liberty 3, second way.
+    ///
+    /// # Safety
+    /// As for [`block`](Self::block).
+    #[inline(always)]
+    unsafe fn tiled<K: Kernel>(
+        &self,
+        scales: &mut UnitScales<'_>,
+        features: Range<usize>,
+        sums: &mut Sums,
+    ) {
+        const {
+            assert!(BLOCK.is_multiple_of(K::WEIGHT_ROWS) && TILE.is_multiple_of(K::GROUP));
+        }
+        let (k, rows) = (self.weight.in_features, self.layout.rows);
+        let mut acc = Buffer::<{ MAX_ROWS * BLOCK * 16 }>::new();
+        let mut tile = Buffer::<{ 4 * TILE }>::new();
+        let (acc, tile) = (acc.ptr(), tile.ptr());
+        let width = if rows > 8 { NARROW_TILE } else { TILE };
+        let padded = features.len().next_multiple_of(K::WEIGHT_ROWS);
+        // Lanes of row `m` of feature `i` of the block.
+        let lanes = |i: usize, m: usize| (i * rows + m) * K::LANES;
+        // SAFETY: per step below; `acc` holds `LANES <= 16` floats for `padded <= BLOCK` features
+        // of `rows <= MAX_ROWS` rows, `tile` `WEIGHT_ROWS <= 4` rows of `width` codes.
+        unsafe {
+            for i in 0..if k == 0 { padded * rows } else { 0 } {
+                K::store(acc.add(i * K::LANES), K::zero());
+            }
+            for start in (0..k).step_by(width) {
+                let codes = start..k.min(start + width);
+                let vectors = codes.len().div_ceil(K::GROUP) * GROUP_VECTORS;
+                for i in (0..padded).step_by(K::WEIGHT_ROWS) {
+                    for r in 0..K::WEIGHT_ROWS {
+                        // Past the block's end its last row stands in; the sums go unread.
+                        let o = (features.start + i + r).min(features.end - 1);
+                        self.decode::<K>(scales, o, codes.clone(), tile.add(r * K::LANES));
+                    }
+                    for m in (0..rows).step_by(self.layout.batch) {
+                        let x = self.x.add(self.layout.at(m, start / K::GROUP));
+                        let acc = acc.add(lanes(i, m));
+                        let fresh = start == 0;
+                        dot::<K>(self.layout.batch_rows(m), x, tile, vectors, acc, rows, fresh);
+                    }
+                }
+            }
+            for i in 0..features.len() {
+                for m in 0..rows {
+                    sums.0[m][i] = K::sum(K::load(acc.add(lanes(i, m))));
+                }
+            }
+        }
+    }
+
+    /// Decodes `codes` of weight row `o`, scales applied: vector `v` goes to
+    /// `to + v * WEIGHT_ROWS * LANES`.
+    ///
+    /// # Safety
+    /// As for [`block`](Self::block); `codes` starts at a group and is no longer than `TILE`; `to`
+    /// has room for `WEIGHT_ROWS` rows of its groups, counted from the first row's start.
+    #[inline(always)]
+    unsafe fn decode<K: Kernel>(
+        &self,
+        scales: &mut UnitScales<'_>,
+        o: usize,
+        codes: Range<usize>,
+        to: *mut f32,
+    ) {
+        let weight = self.weight;
+        let start = o * weight.in_features + codes.start; // in the flattened weight
+        let len = codes.len();
+        let (whole, rest) = (len / K::GROUP, len % K::GROUP);
+        let mut units = Buffer::<{ TILE / UNIT }>::new();
+        let units = units.ptr();
+        let mut shifted = [0u8; TILE / 2];
+        let bytes = &weight.packed[start / 2..(start + len).div_ceil(2)];
+        let bytes = if start % 2 == 0 {
+            bytes
+        } else {
+            // The row starts in a low nibble.
+            let next = bytes[1..].iter().copied().chain([0]);
+            for ((to, a), b) in shifted.iter_mut().zip(bytes).zip(next) {
+                *to = a << 4 | b >> 4;
+            }
+            &shifted[..len.div_ceil(2)]
+        };
+        // SAFETY: per step below.
+        unsafe {
+            let spread = std::slice::from_raw_parts_mut(units, len.div_ceil(UNIT));
+            scales.fill::<K>(start, spread);
+            let table = K::table(weight.table);
+            let stride = K::WEIGHT_ROWS * K::LANES;
+            let packed = bytes.as_ptr();
+            for g in 0..whole {
+                let packed = packed.add(g * K::GROUP / 2);
+                K::prefetch(packed.wrapping_add(K::WEIGHT_ROWS * weight.in_features / 2));
+                let units = units.add(g * K::LANES);
+                let to = to.add(g * GROUP_VECTORS * stride);
+                // Three bytes past a group are the next group's.
+                if g + 1 < whole {
+                    decode_group::<K, true>(table, packed, units, to);
+                } else {
+                    decode_group::<K, false>(table, packed, units, to);
+                }
+            }
+            if rest > 0 {
+                let mut padded = [0u8; 64];
+                let bytes = &bytes[whole * K::GROUP / 2..];
+                padded[..bytes.len()].copy_from_slice(bytes);
+                for unit in len.div_ceil(UNIT)..(whole + 1) * K::LANES {
+                    *units.add(unit) = 0.0;
+                }
+                let units = units.add(whole * K::LANES);
+                let to = to.add(whole * GROUP_VECTORS * stride);
+                decode_group::<K, false>(table, padded.as_ptr(), units, to);
+                for i in 0..K::GROUP {
+                    if K::CODE_AT[i] as usize >= rest {
+                        *to.add(i / K::LANES * stride + i % K::LANES) = 0.0;
+                    }
+                }
+            }
+            if start % UNIT != 0 {
+                // Liberty 4: codes of a unit behind a border have the next block's scale.
+                let block = weight.blocks.blocksize().get();
+                for border in (start.next_multiple_of(block)..start + len).step_by(block) {
+                    let first = border - start;
+                    let mut scale = [0.0];
+                    weight.scales.decode(border / block, &mut scale);
+                    for code in first..first.next_multiple_of(UNIT).min(len) {
+                        let byte = bytes[code / 2];
+                        let q = if code % 2 == 0 { byte >> 4 } else { byte & 0x0F };
+                        let i = position::<K>(code % K::GROUP);
+                        let vector = code / K::GROUP * GROUP_VECTORS + i / K::LANES;
+                        *to.add(vector * stride + i % K::LANES) =
+                            weight.table[q as usize] * scale[0];
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The inverse of [`Kernel::CODE_AT`].
+#[inline(always)]
+fn position<K: Kernel>(code: usize) -> usize {
+    const {
+        // Each code stands somewhere.
+        let mut i = 0;
+        let mut seen = 0u128;
+        while i < K::GROUP {
+            seen |= 1 << K::CODE_AT[i];
+            i += 1;
+        }
+        assert!(seen == u128::MAX >> (128 - K::GROUP));
+    }
+    K::CODE_AT.iter().position(|&c| c as usize == code).unwrap_or(0)
+}
+
+/// Where the direct way stands in a few weight rows.
+struct Rows {
+    packed: *const u8,
+    row_bytes: usize,
+    /// The units' scales.
+    units: *const f32,
+    row_units: usize,
+    x: *const f32,
+}
+
+impl Rows {
+    /// Adds a group of `R` weight rows times `M` activation rows to `acc`.
+    ///
+    /// # Safety
+    /// As for [`Kernel`]; `packed` has a group (and 3 bytes, if `PAST_END`) of each row, `units`
+    /// their scales, `x` the group's vectors of `M` rows.
+    #[inline(always)]
+    unsafe fn group<K: Kernel, const M: usize, const R: usize, const PAST_END: bool>(
+        &self,
+        table: K::Table,
+        acc: &mut [[K::V; R]; M],
+    ) {
+        let per_scale = GROUP_VECTORS / K::SCALES;
+        // SAFETY: the caller's promises.
+        unsafe {
+            let mut codes = [[K::zero(); GROUP_VECTORS]; R];
+            for r in 0..R {
+                let packed = self.packed.add(r * self.row_bytes);
+                // The same place in the next rows that this thread will come to.
+                K::prefetch(packed.wrapping_add(R * self.row_bytes));
+                codes[r] = K::codes::<PAST_END>(table, packed);
+            }
+            for s in 0..K::SCALES {
+                let mut part = [[K::zero(); R]; M];
+                for i in 0..per_scale {
+                    let v = s * per_scale + i;
+                    for m in 0..M {
+                        let x = K::load(self.x.add((v * M + m) * K::LANES));
+                        for r in 0..R {
+                            part[m][r] = if i == 0 {
+                                K::mul(codes[r][v], x)
+                            } else {
+                                K::fma(codes[r][v], x, part[m][r])
+                            };
+                        }
+                    }
+                }
+                for r in 0..R {
+                    let scale = K::scale(self.units.add(r * self.row_units), s);
+                    for m in 0..M {
+                        acc[m][r] = K::fma(part[m][r], scale, acc[m][r]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Decodes a group with its scales.
+///
+/// # Safety
+/// As for [`Kernel`]; `packed` has a group (and 3 bytes, if `PAST_END`), `units` its scales, `to`
+/// room for its vectors.
+#[inline(always)]
+unsafe fn decode_group<K: Kernel, const PAST_END: bool>(
+    table: K::Table,
+    packed: *const u8,
+    units: *const f32,
+    to: *mut f32,
+) {
+    // SAFETY: the caller's promises.
+    unsafe {
+        let codes = K::codes::<PAST_END>(table, packed);
+        for (v, &code) in codes.iter().enumerate() {
+            let scale = K::scale(units, v * K::SCALES / GROUP_VECTORS);
+            K::store(to.add(v * K::WEIGHT_ROWS * K::LANES), K::mul(code, scale));
+        }
+    }
+}
+
+/// Adds `vectors` of `WEIGHT_ROWS` rows of the tile times those of `batch` activation rows to the
+/// lanes at `acc` (or sets them, if `fresh`); a weight row's lanes are for `rows` activation rows.
+///
+/// # Safety
+/// As for [`Kernel`]; the buffers hold as much.
+#[inline(always)]
+unsafe fn dot<K: Kernel>(
+    batch: usize,
+    x: *const f32,
+    tile: *const f32,
+    vectors: usize,
+    acc: *mut f32,
+    rows: usize,
+    fresh: bool,
+) {
+    // SAFETY: the caller's promises; `batch` is at most `K::ROWS`.
+    unsafe {
+        macro_rules! dot {
+            ($($m:literal)*) => {
+                match (batch, K::WEIGHT_ROWS) {
+                    $(
+                        ($m, 3) if $m <= K::ROWS => dot_rows::<K, $m, 3>(x, tile, vectors, acc, rows, fresh),
+                        ($m, 4) if $m <= K::ROWS => dot_rows::<K, $m, 4>(x, tile, vectors, acc, rows, fresh),
+                    )*
+                    _ => unreachable!("a batch has 1 to {} rows", K::ROWS),
+                }
+            };
+        }
+        dot!(1 2 3 4 5 6 7 8);
+    }
+}
+
+/// # Safety
+/// As for [`dot`].
+#[inline(always)]
+unsafe fn dot_rows<K: Kernel, const M: usize, const R: usize>(
+    x: *const f32,
+    tile: *const f32,
+    vectors: usize,
+    acc: *mut f32,
+    rows: usize,
+    fresh: bool,
+) {
+    // SAFETY: the caller's promises.
+    unsafe {
+        let mut sum = [[K::zero(); R]; M];
+        let lanes = |r: usize, m: usize| acc.add((r * rows + m) * K::LANES);
+        if !fresh {
+            for m in 0..M {
+                for r in 0..R {
+                    sum[m][r] = K::load(lanes(r, m));
+                }
+            }
+        }
+        for v in 0..vectors {
+            let mut w = [K::zero(); R];
+            for r in 0..R {
+                w[r] = K::load(tile.add((v * R + r) * K::LANES));
+            }
+            for m in 0..M {
+                let x = K::load(x.add((v * M + m) * K::LANES));
+                for r in 0..R {
+                    sum[m][r] = K::fma(w[r], x, sum[m][r]);
+                }
+            }
+        }
+        for m in 0..M {
+            for r in 0..R {
+                K::store(lanes(r, m), sum[m][r]);
+            }
+        }
+    }
+}
+
+/// Reads scales, one for each unit.
+struct UnitScales<'a> {
+    scales: Scales<'a>,
+    block: usize,
+    /// Whether so many scales will be asked for that a table of a second-level block's 256 values
+    /// pays.
+    tabulate: bool,
+    /// The second-level block that `table` is for.
+    second: usize,
+    table: [f32; 256],
+}
+
+impl<'a> UnitScales<'a> {
+    /// For a block of `features` weight rows.
+    #[inline(always)]
+    fn new(weight: &Weight4<'a>, features: usize) -> Self {
+        let block = weight.blocks.blocksize().get();
+        let tabulate = features * weight.in_features / block >= 256;
+        Self { scales: weight.scales, block, tabulate, second: usize::MAX, table: [0.0; 256] }
+    }
+
+    /// The scales of the units that start at code `start` of the flattened weight; a unit that
+    /// holds codes of two blocks gets the first one's.
+    ///
+    /// # Safety
+    /// As for [`Kernel`].
+    #[inline(always)]
+    unsafe fn fill<K: Kernel>(&mut self, start: usize, units: &mut [f32]) {
+        let first = start / self.block;
+        let runs = UnitRuns { block: self.block, start };
+        let last = first + runs.blocks(units.len());
+        // SAFETY: the caller's promises.
+        unsafe {
+            match self.scales {
+                Scales::Plain(absmax) => {
+                    runs.fill::<K>(first, absmax[first..last].iter().copied(), units);
+                }
+                Scales::Nested(nested) => {
+                    let shift = nested.blocksize.get().trailing_zeros();
+                    let mut at = first;
+                    while at < last {
+                        // The scales of one second-level block.
+                        let second = at >> shift;
+                        let end = last.min((second + 1) << shift);
+                        let indices = nested.absmax[at..end].iter();
+                        let absmax2 = nested.absmax2[second];
+                        if self.tabulate {
+                            if self.second != second {
+                                self.second = second;
+                                for (t, c) in self.table.iter_mut().zip(nested.code) {
+                                    *t = c * absmax2 + nested.offset;
+                                }
+                            }
+                            let table = &self.table;
+                            runs.fill::<K>(at, indices.map(|&i| table[i as usize]), units);
+                        } else {
+                            let scale = |&i: &u8| nested.code[i as usize] * absmax2 + nested.offset;
+                            runs.fill::<K>(at, indices.map(scale), units);
+                        }
+                        at = end;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The units from code `start` of the flattened weight on, as runs of the same block.
+#[derive(Clone, Copy)]
+struct UnitRuns {
+    block: usize,
+    start: usize,
+}
+
+impl UnitRuns {
+    /// The units before those that start in `block`.
+    #[inline(always)]
+    fn before(self, block: usize) -> usize {
+        (block * self.block).saturating_sub(self.start).div_ceil(UNIT)
+    }
+
+    /// In how many blocks the first `units` start.
+    #[inline(always)]
+    fn blocks(self, units: usize) -> usize {
+        match units {
+            0 => 0,
+            _ => (self.start + (units - 1) * UNIT) / self.block - self.start / self.block + 1,
+        }
+    }
+
+    /// Sets the units that start in the blocks from `first` on, whose scales are given.
+    ///
+    /// # Safety
+    /// As for [`Kernel`].
+    #[inline(always)]
+    unsafe fn fill<K: Kernel>(
+        self,
+        first: usize,
+        scales: impl ExactSizeIterator<Item = f32>,
+        units: &mut [f32],
+    ) {
+        let from = self.before(first);
+        let to = self.before(first + scales.len()).min(units.len());
+        let units = &mut units[from..to];
+        if self.block == 64 && self.start % 64 == 0 && units.len() == scales.len() * 8 {
+            // The usual case: a block is 8 units.
+            for (units, scale) in units.as_chunks_mut::<8>().0.iter_mut().zip(scales) {
+                // SAFETY: 8 floats.
+                unsafe { K::splat8(units.as_mut_ptr(), scale) };
+            }
+            return;
+        }
+        for (i, scale) in scales.enumerate() {
+            let end = self.before(first + i + 1) - from;
+            let start = self.before(first + i) - from;
+            let end = end.min(units.len());
+            units[start..end].fill(scale);
+        }
+    }
+}

@@ -1,0 +1,179 @@
+//! AVX2: tiles of one line (two registers) by 6 rows. 12 sums, a line and a broadcast fit the 16
+//! registers; 12 fused multiply-adds on 8 loads.
+
+use super::{LANES, Line, Micro, Run};
+use crate::Element;
+use std::arch::x86_64::*;
+
+pub(super) struct Avx2;
+
+const REACH: usize = 6;
+const HALF: usize = LANES / 2;
+
+impl Micro for Avx2 {
+    const LINES: usize = 1;
+    const REACH: usize = REACH;
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn multiply(
+        block: &[Line],
+        _: usize,
+        _: usize,
+        panel: &[Line],
+        sums: &mut [Line],
+        add: bool,
+    ) {
+        let mut tile = [[_mm256_setzero_ps(); 2]; REACH];
+        let block = block.as_chunks::<LANES>().0;
+        for (rows, lines) in panel.as_chunks::<REACH>().0.iter().zip(block) {
+            for t in 0..LANES {
+                let line = load(&lines[t]);
+                for b in 0..REACH {
+                    let weight = _mm256_set1_ps(rows[b].0[t]);
+                    tile[b][0] = _mm256_fmadd_ps(line[0], weight, tile[b][0]);
+                    tile[b][1] = _mm256_fmadd_ps(line[1], weight, tile[b][1]);
+                }
+            }
+        }
+        for (tile, sum) in tile.iter().zip(sums) {
+            let old = if add { load(sum) } else { [_mm256_setzero_ps(); 2] };
+            store(sum, [_mm256_add_ps(old[0], tile[0]), _mm256_add_ps(old[1], tile[1])]);
+        }
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn decode(run: &Run<'_>, out: &mut [Line], stride: usize) {
+        let table = load(&Line(*run.table));
+        // Four bytes are a word. Lane `i` takes nibble `i`, high nibble of each byte first.
+        let nibble = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
+        let mut at = 0;
+        for (bytes, scale) in run.aligned() {
+            let scale = _mm256_set1_ps(scale);
+            let [a, b] = bytes.as_chunks::<4>().0 else { unreachable!("eight bytes") };
+            let a = look_up(table, _mm256_set1_epi32(i32::from_le_bytes(*a)), nibble);
+            let b = look_up(table, _mm256_set1_epi32(i32::from_le_bytes(*b)), nibble);
+            store(&mut out[at], [_mm256_mul_ps(a, scale), _mm256_mul_ps(b, scale)]);
+            at += stride;
+        }
+        // Big-endian: the first code is the highest nibble.
+        let nibble = _mm256_setr_epi32(28, 24, 20, 16, 12, 8, 4, 0);
+        let lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        for i in run.aligned_lines()..run.len.div_ceil(LANES) {
+            let group = run.group(i);
+            let half = |word: u64, first: i32| {
+                let code = look_up(table, _mm256_set1_epi32(word as i32), nibble);
+                let lane = _mm256_add_epi32(lane, _mm256_set1_epi32(first));
+                let below = |n: usize| {
+                    _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(n as i32), lane))
+                };
+                let [a, b] = group.scales.map(|s| _mm256_set1_ps(s));
+                let scaled = _mm256_mul_ps(code, _mm256_blendv_ps(b, a, below(group.border)));
+                _mm256_and_ps(scaled, below(group.len))
+            };
+            store(&mut out[at], [half(group.codes >> 32, 0), half(group.codes, 8)]);
+            at += stride;
+        }
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn widen<T: Element>(elements: &[T], out: &mut [Line], stride: usize) {
+        // SAFETY: an array holds 16 elements, twice 8.
+        let wide =
+            |x: &[T; LANES]| unsafe { [T::load8(x.as_ptr()), T::load8(x.as_ptr().add(HALF))] };
+        let (full, rest) = elements.as_chunks::<LANES>();
+        let mut at = 0;
+        for elements in full {
+            store(&mut out[at], wide(elements));
+            at += stride;
+        }
+        if !rest.is_empty() {
+            let mut end = [T::default(); LANES];
+            end[..rest.len()].copy_from_slice(rest);
+            store(&mut out[at], wide(&end));
+        }
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn narrow<T: Element>(line: &Line, out: &mut [T]) {
+        let [a, b] = load(line);
+        // SAFETY: an array holds 16 elements, twice 8.
+        let round = |out: &mut [T; LANES]| unsafe {
+            T::store8(out.as_mut_ptr(), a);
+            T::store8(out.as_mut_ptr().add(HALF), b);
+        };
+        if let Ok(out) = <&mut [T; LANES]>::try_from(&mut *out) {
+            round(out);
+        } else {
+            let mut all = [T::default(); LANES];
+            round(&mut all);
+            out.copy_from_slice(&all[..out.len()]);
+        }
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn transpose(rows: [&Line; LANES], out: &mut [Line; LANES]) {
+        for i in [0, 1] {
+            for j in [0, 1] {
+                // Square (i, j) of 8x8 goes to (j, i).
+                let r: [__m256; HALF] = std::array::from_fn(|n| load(rows[HALF * i + n])[j]);
+                let columns = transpose8(r);
+                for (out, column) in out[HALF * j..].iter_mut().zip(columns) {
+                    // SAFETY: a line is 64 bytes, aligned to 64; `i` picks one half.
+                    unsafe { _mm256_store_ps(out.0.as_mut_ptr().add(HALF * i), column) }
+                }
+            }
+        }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn transpose8(r: [__m256; HALF]) -> [__m256; HALF] {
+    let mut s = [_mm256_setzero_pd(); HALF];
+    for i in (0..HALF).step_by(4) {
+        let a = _mm256_castps_pd(_mm256_unpacklo_ps(r[i], r[i + 1]));
+        let b = _mm256_castps_pd(_mm256_unpackhi_ps(r[i], r[i + 1]));
+        let c = _mm256_castps_pd(_mm256_unpacklo_ps(r[i + 2], r[i + 3]));
+        let d = _mm256_castps_pd(_mm256_unpackhi_ps(r[i + 2], r[i + 3]));
+        s[i] = _mm256_unpacklo_pd(a, c);
+        s[i + 1] = _mm256_unpackhi_pd(a, c);
+        s[i + 2] = _mm256_unpacklo_pd(b, d);
+        s[i + 3] = _mm256_unpackhi_pd(b, d);
+    }
+    let s = s.map(|v| _mm256_castpd_ps(v));
+    std::array::from_fn(|c| {
+        if c < 4 {
+            _mm256_permute2f128_ps::<0x20>(s[c], s[4 + c])
+        } else {
+            _mm256_permute2f128_ps::<0x31>(s[c - 4], s[c])
+        }
+    })
+}
+
+/// `table[(words >> shift) & 15]`.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn look_up(table: [__m256; 2], words: __m256i, shift: __m256i) -> __m256 {
+    let code = _mm256_srlv_epi32(words, shift);
+    let low = _mm256_permutevar8x32_ps(table[0], code);
+    let high = _mm256_permutevar8x32_ps(table[1], code);
+    // The blend looks at the sign bit: bit 3 of the code.
+    _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32::<28>(code)))
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn load(line: &Line) -> [__m256; 2] {
+    // SAFETY: a line is 64 bytes, aligned to 64.
+    unsafe { [_mm256_load_ps(line.0.as_ptr()), _mm256_load_ps(line.0.as_ptr().add(HALF))] }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn store(line: &mut Line, [a, b]: [__m256; 2]) {
+    // SAFETY: a line is 64 bytes, aligned to 64.
+    unsafe {
+        _mm256_store_ps(line.0.as_mut_ptr(), a);
+        _mm256_store_ps(line.0.as_mut_ptr().add(HALF), b);
+    }
+}

@@ -1,0 +1,417 @@
+"""The ops: schemas, shapes for tracing, gradients. Their CPU kernels are registered from Rust.
+
+They live under ``torch.ops.<name of this package>``. The schemas of ``quantize_4bit``,
+``dequantize_4bit[.out]``, ``quantize_blockwise``, ``dequantize_blockwise[.out]``,
+``gemv_4bit[.out]`` and ``gemm_4bit`` are upstream's; the others are ours:
+
+``quantize_4bit.nested``, ``quantize_absmax``
+    Double quantization, with the weight or of scales alone.
+``dequantize_4bit.state[_out]``
+    Everything a :class:`~.functional.QuantState` can say in one call. ``code`` replaces the
+    standard table; ``absmax2``, ``code2`` and ``offset`` are given when ``absmax`` is quantized.
+``matmul_4bit[.out]``, ``matmul_4bit_grad_input``
+    The product with a weight in that form, and its gradient.
+
+The argument lists must equal those in ``crates/halfbyte-torch/src/ops.rs``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._load import native
+
+NAMESPACE = __name__.partition(".")[0]
+
+_STATE = "Tensor? code, Tensor? absmax2, Tensor? code2, Tensor? offset, int blocksize2"
+_WEIGHT = "Tensor absmax, int blocksize, str quant_type, int[] shape"
+
+_SCHEMAS = {
+    "quantize_4bit": "(Tensor A, int blocksize, str quant_type, ScalarType quant_storage)"
+    " -> (Tensor, Tensor)",
+    "quantize_4bit.out": "(Tensor A, int blocksize, str quant_type, Tensor(a!) out,"
+    " Tensor(b!) absmax) -> ()",
+    "quantize_4bit.nested": "(Tensor A, int blocksize, str quant_type, ScalarType quant_storage,"
+    " int blocksize2) -> (Tensor, Tensor, Tensor, Tensor)",
+    "dequantize_4bit": f"(Tensor A, {_WEIGHT}, ScalarType dtype) -> Tensor",
+    "dequantize_4bit.out": f"(Tensor A, {_WEIGHT}, ScalarType dtype, Tensor(a!) out) -> ()",
+    "dequantize_4bit.state": f"(Tensor A, {_WEIGHT}, ScalarType dtype, {_STATE}) -> Tensor",
+    "dequantize_4bit.state_out": "(Tensor A, Tensor absmax, int blocksize, str quant_type,"
+    f" {_STATE}, Tensor(a!) out) -> ()",
+    "quantize_blockwise": "(Tensor A, Tensor code, int blocksize) -> (Tensor, Tensor)",
+    "quantize_blockwise.out": "(Tensor A, Tensor code, int blocksize, Tensor(a!) out,"
+    " Tensor(b!) absmax) -> ()",
+    "dequantize_blockwise": "(Tensor A, Tensor absmax, Tensor code, int blocksize,"
+    " ScalarType dtype) -> Tensor",
+    "dequantize_blockwise.out": "(Tensor A, Tensor absmax, Tensor code, int blocksize,"
+    " ScalarType dtype, Tensor(a!) out) -> ()",
+    "quantize_absmax": "(Tensor absmax, int blocksize) -> (Tensor, Tensor, Tensor)",
+    "gemv_4bit": "(Tensor A, Tensor B, int[] shapeB, Tensor absmax, Tensor code, int blocksize)"
+    " -> Tensor",
+    "gemv_4bit.out": "(Tensor A, Tensor B, int[] shapeB, Tensor absmax, Tensor code,"
+    " int blocksize, Tensor(a!) out) -> ()",
+    "gemm_4bit": "(Tensor A, Tensor B, int[] shapeB, Tensor absmax, int blocksize, str quant_type,"
+    " Tensor? bias=None, Tensor? absmax_8bit=None, Tensor? absmax_code=None,"
+    " Tensor? absmax_offset=None) -> Tensor",
+    "matmul_4bit": f"(Tensor A, Tensor packed, {_WEIGHT}, Tensor? bias, {_STATE}) -> Tensor",
+    "matmul_4bit.out": f"(Tensor A, Tensor packed, {_WEIGHT}, Tensor? bias, {_STATE},"
+    " Tensor(a!) out) -> ()",
+    "matmul_4bit_grad_input": f"(Tensor grad_output, Tensor packed, {_WEIGHT}, {_STATE}) -> Tensor",
+}
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def failure(error: Exception) -> Exception:
+    """The exception to raise for one that an op raised.
+
+    The dispatcher only knows RuntimeError; the extension remembers what it meant. Arguments of a
+    wrong Python type never reach it and become a TypeError.
+    """
+    meant = native.take_error()
+    if meant is not None:
+        return meant
+    if isinstance(error, NotImplementedError) and "backend" in str(error):
+        reason = str(error).partition(". ")[0]
+        return NotImplementedError(f"this version runs on the CPU only: {reason}")
+    if type(error) is RuntimeError and "Expected a value of type" in str(error):
+        return TypeError(str(error).partition("\n")[0])
+    return error
+
+
+# ---- shapes and dtypes, for meta tensors, FakeTensor, torch.compile and torch.export ------------
+
+
+def _same_device(first: Tensor, *others: Tensor | None) -> None:
+    for other in others:
+        if other is not None and other.device != first.device:
+            raise ValueError(
+                f"all tensors must be on the same device, got {first.device} and {other.device}"
+            )
+
+
+def _float(what: str, dtype: torch.dtype) -> torch.dtype:
+    if dtype not in _FLOATS:
+        raise ValueError(f"{what} must be float32, float16 or bfloat16, got {dtype}")
+    return dtype
+
+
+def _blocks(numel: int, blocksize: int) -> int:
+    native.check_blocksize(int(blocksize))
+    return -(-numel // int(blocksize))
+
+
+def _quantize_4bit(
+    A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    native.check_quant_type(quant_type)
+    _float("A", A.dtype)
+    units = -(-((A.numel() + 1) // 2) // quant_storage.itemsize)
+    packed = A.new_empty((units, 1), dtype=quant_storage)
+    return packed, A.new_empty((_blocks(A.numel(), blocksize),), dtype=torch.float32)
+
+
+def _quantize_4bit_out(
+    A: Tensor, blocksize: int, quant_type: str, out: Tensor, absmax: Tensor
+) -> None:
+    _same_device(A, out, absmax)
+    _quantize_4bit(A, blocksize, quant_type, out.dtype)
+
+
+def _quantize_4bit_nested(
+    A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype, blocksize2: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    packed, absmax = _quantize_4bit(A, blocksize, quant_type, quant_storage)
+    return packed, *_quantize_absmax(absmax, blocksize2)
+
+
+def _quantize_absmax(absmax: Tensor, blocksize: int) -> tuple[Tensor, Tensor, Tensor]:
+    n = absmax.numel()
+    return (
+        absmax.new_empty((n,), dtype=torch.uint8),
+        absmax.new_empty((_blocks(n, blocksize),), dtype=torch.float32),
+        absmax.new_empty((), dtype=torch.float32),
+    )
+
+
+def _dequantize_4bit(
+    A: Tensor,
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    code: Tensor | None = None,
+    absmax2: Tensor | None = None,
+    code2: Tensor | None = None,
+    offset: Tensor | None = None,
+    blocksize2: int = 256,
+) -> Tensor:
+    _same_device(A, absmax, code, absmax2, code2, offset)
+    native.check_quant_type(quant_type)
+    native.check_blocksize(int(blocksize))
+    return A.new_empty(tuple(shape), dtype=_float("dtype", dtype))
+
+
+def _dequantize_4bit_out(
+    A: Tensor,
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    out: Tensor,
+) -> None:
+    _same_device(A, absmax, out)
+
+
+def _dequantize_4bit_state_out(
+    A: Tensor,
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    code: Tensor | None,
+    absmax2: Tensor | None,
+    code2: Tensor | None,
+    offset: Tensor | None,
+    blocksize2: int,
+    out: Tensor,
+) -> None:
+    _same_device(A, absmax, code, absmax2, code2, offset, out)
+
+
+def _quantize_blockwise(A: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    _same_device(A, code)
+    _float("A", A.dtype)
+    return (
+        A.new_empty(A.shape, dtype=torch.uint8),
+        A.new_empty((_blocks(A.numel(), blocksize),), dtype=torch.float32),
+    )
+
+
+def _quantize_blockwise_out(
+    A: Tensor, code: Tensor, blocksize: int, out: Tensor, absmax: Tensor
+) -> None:
+    _same_device(A, code, out, absmax)
+
+
+def _dequantize_blockwise(
+    A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype
+) -> Tensor:
+    _same_device(A, absmax, code)
+    native.check_blocksize(int(blocksize))
+    return A.new_empty(A.shape, dtype=_float("dtype", dtype))
+
+
+def _dequantize_blockwise_out(
+    A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype, out: Tensor
+) -> None:
+    _same_device(A, absmax, code, out)
+
+
+def _product(A: Tensor, shape: Sequence[int], inner: int, outer: int) -> Tensor:
+    if len(shape) != 2:
+        raise ValueError(f"the weight's shape must be [out_features, in_features], got {shape}")
+    if A.shape[-1] != shape[inner]:
+        raise ValueError(
+            f"the last dimension of A must be {shape[inner]}, got A of shape {tuple(A.shape)}"
+        )
+    _float("A", A.dtype)
+    return A.new_empty((*A.shape[:-1], shape[outer]))
+
+
+def _gemv_4bit(
+    A: Tensor, B: Tensor, shapeB: Sequence[int], absmax: Tensor, code: Tensor, blocksize: int
+) -> Tensor:
+    _same_device(A, B, absmax, code)
+    return _product(A, shapeB, 1, 0)
+
+
+def _gemv_4bit_out(
+    A: Tensor,
+    B: Tensor,
+    shapeB: Sequence[int],
+    absmax: Tensor,
+    code: Tensor,
+    blocksize: int,
+    out: Tensor,
+) -> None:
+    _same_device(A, B, absmax, code, out)
+
+
+def _gemm_4bit(
+    A: Tensor,
+    B: Tensor,
+    shapeB: Sequence[int],
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    bias: Tensor | None = None,
+    absmax_8bit: Tensor | None = None,
+    absmax_code: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
+) -> Tensor:
+    _same_device(A, B, absmax, bias, absmax_8bit, absmax_code, absmax_offset)
+    native.check_quant_type(quant_type)
+    return _product(A, shapeB, 1, 0)
+
+
+def _matmul_4bit(
+    A: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    shape: Sequence[int],
+    bias: Tensor | None,
+    *state: Any,
+) -> Tensor:
+    _same_device(A, packed, absmax, bias, *state[:4])
+    native.check_quant_type(quant_type)
+    return _product(A, shape, 1, 0)
+
+
+def _matmul_4bit_out(
+    A: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    shape: Sequence[int],
+    bias: Tensor | None,
+    *state_and_out: Any,
+) -> None:
+    *state, _, out = state_and_out
+    _same_device(A, packed, absmax, bias, *state, out)
+
+
+def _matmul_4bit_grad_input(
+    grad_output: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    shape: Sequence[int],
+    *state: Any,
+) -> Tensor:
+    _same_device(grad_output, packed, absmax, *state[:4])
+    native.check_quant_type(quant_type)
+    return _product(grad_output, shape, 0, 1)
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "quantize_4bit": _quantize_4bit,
+    "quantize_4bit.out": _quantize_4bit_out,
+    "quantize_4bit.nested": _quantize_4bit_nested,
+    "dequantize_4bit": _dequantize_4bit,
+    "dequantize_4bit.out": _dequantize_4bit_out,
+    "dequantize_4bit.state": _dequantize_4bit,
+    "dequantize_4bit.state_out": _dequantize_4bit_state_out,
+    "quantize_blockwise": _quantize_blockwise,
+    "quantize_blockwise.out": _quantize_blockwise_out,
+    "dequantize_blockwise": _dequantize_blockwise,
+    "dequantize_blockwise.out": _dequantize_blockwise_out,
+    "quantize_absmax": _quantize_absmax,
+    "gemv_4bit": _gemv_4bit,
+    "gemv_4bit.out": _gemv_4bit_out,
+    "gemm_4bit": _gemm_4bit,
+    "matmul_4bit": _matmul_4bit,
+    "matmul_4bit.out": _matmul_4bit_out,
+    "matmul_4bit_grad_input": _matmul_4bit_grad_input,
+}
+
+
+# ---- gradients: of the activations and the bias; the quantized weight is a constant --------------
+
+
+def bias_grad(grad: Tensor) -> Tensor:
+    """The gradient of the bias ``[out_features]`` for a gradient ``[..., out_features]``."""
+    return grad.reshape(-1, grad.shape[-1]).sum(0) if grad.dim() != 1 else grad
+
+
+def _save(ctx: Any, weight: tuple[Any, ...], bias_index: int | None) -> None:
+    """Keeps the weight (packed, absmax, blocksize, quant_type, shape, state...)."""
+    packed, absmax, *scalars, code, absmax2, code2, offset, blocksize2 = weight
+    ctx.save_for_backward(packed, absmax, code, absmax2, code2, offset)
+    ctx.scalars = scalars
+    ctx.blocksize2 = blocksize2
+    ctx.bias_index = bias_index
+
+
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    packed, absmax, *state = ctx.saved_tensors
+    return (packed, absmax, *ctx.scalars, *state, ctx.blocksize2)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+    if ctx.needs_input_grad[0]:
+        op = getattr(torch.ops, NAMESPACE).matmul_4bit_grad_input.default
+        grads[0] = op(grad, *_saved(ctx))
+    if ctx.bias_index is not None and ctx.needs_input_grad[ctx.bias_index]:
+        grads[ctx.bias_index] = bias_grad(grad)
+    return tuple(grads)
+
+
+def _setup_matmul_4bit(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, *weight, _, code, absmax2, code2, offset, blocksize2 = inputs
+    _save(ctx, (*weight, code, absmax2, code2, offset, blocksize2), 6)
+
+
+def _setup_gemm_4bit(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, packed, shape, absmax, blocksize, quant_type, _, first, code2, offset = inputs
+    if first is not None:
+        weight = (packed, first, blocksize, quant_type, shape, None, absmax, code2, offset, 256)
+    else:
+        weight = (packed, absmax, blocksize, quant_type, shape, None, None, None, None, 256)
+    _save(ctx, weight, 6)
+
+
+def _setup_gemv_4bit(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, packed, shape, absmax, code, blocksize = inputs
+    # The table is given, so the name of the type does not matter.
+    _save(ctx, (packed, absmax, blocksize, "nf4", shape, code, None, None, None, 256), None)
+
+
+def _setup_grad_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _save(ctx, inputs[1:], None)
+
+
+def _backward_grad_input(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+    if ctx.needs_input_grad[0]:
+        packed, absmax, blocksize, quant_type, shape, *state = _saved(ctx)
+        op = getattr(torch.ops, NAMESPACE).matmul_4bit.default
+        grads[0] = op(grad, packed, absmax, blocksize, quant_type, shape, None, *state)
+    return tuple(grads)
+
+
+_GRADIENTS = {
+    "gemm_4bit": (_backward, _setup_gemm_4bit),
+    "gemv_4bit": (_backward, _setup_gemv_4bit),
+    "matmul_4bit": (_backward, _setup_matmul_4bit),
+    "matmul_4bit_grad_input": (_backward_grad_input, _setup_grad_input),
+}
+
+
+def _register() -> None:
+    """Defines everything under this package's namespace, once per process."""
+    if native.is_registered(NAMESPACE):
+        return
+    for name, schema in _SCHEMAS.items():
+        op = f"{NAMESPACE}::{name}"
+        torch.library.define(op, schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(op, _FAKES[name])
+    for name, (backward, setup) in _GRADIENTS.items():
+        torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup)
+    native.register(NAMESPACE)
+
+
+_register()
+ops = getattr(torch.ops, NAMESPACE)
+
+__all__ = ["NAMESPACE", "bias_grad", "failure", "ops"]

@@ -1,0 +1,768 @@
+"""Quantization as functions: 4-bit (NF4, FP4) and 8-bit blockwise, and what describes the result.
+
+Every function takes tensors of any layout (transposed, sliced, expanded). Blocks run over the
+flattened tensor; the last one may be short. Arithmetic is float32, rounded once to the output
+dtype. Errors are ``ValueError`` (a value that does not fit), ``TypeError`` (a wrong type or dtype)
+and ``RuntimeError`` (anything that is not the caller's fault).
+"""
+
+from __future__ import annotations
+
+import ctypes as ct
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ._load import native
+from ._ops import failure, ops
+from .cextension import lib
+from .utils import pack_dict_to_tensor, unpack_tensor_to_dict
+
+_quantize_4bit = ops.quantize_4bit.default
+_quantize_4bit_out = ops.quantize_4bit.out
+_quantize_4bit_nested = ops.quantize_4bit.nested
+_dequantize_4bit = ops.dequantize_4bit.default
+_dequantize_4bit_state = ops.dequantize_4bit.state
+_dequantize_4bit_out = ops.dequantize_4bit.state_out
+_quantize_blockwise = ops.quantize_blockwise.default
+_quantize_blockwise_out = ops.quantize_blockwise.out
+_dequantize_blockwise = ops.dequantize_blockwise.default
+_dequantize_blockwise_out = ops.dequantize_blockwise.out
+_quantize_absmax = ops.quantize_absmax.default
+_matmul_4bit = ops.matmul_4bit.default
+_matmul_4bit_out = ops.matmul_4bit.out
+
+_NESTED_BLOCKSIZE = 256
+"""Block size of double quantization in every checkpoint."""
+_NOT_NESTED = (None, None, None, _NESTED_BLOCKSIZE)
+"""absmax2, code2, offset, blocksize2 of a state without double quantization."""
+
+# ---- codes ---------------------------------------------------------------------------------------
+
+name2qmap: dict[str, Tensor] = {}
+"""8-bit codes by name, on the CPU: ``"dynamic"`` is the default of :func:`quantize_blockwise`."""
+
+
+def create_dynamic_map(
+    signed: bool = True, max_exponent_bits: int = 7, total_bits: int = 8
+) -> Tensor:
+    """The dynamic-tree code: 256 ascending float32 values in [-1, 1].
+
+    Args:
+        signed: for weights and first moments; unsigned ([0, 1]) for second moments.
+        max_exponent_bits: the number of decades, each with twice the fractions of the one below.
+        total_bits: ``2 ** total_bits`` values are distinct, zeros fill up the rest.
+
+    Raises:
+        ValueError: when the bits do not make a code.
+    """
+    return torch.tensor(native.dynamic_map(signed, max_exponent_bits, total_bits), device="cpu")
+
+
+def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool = True) -> Tensor:
+    """Evenly spaced float32 values: 256 ascending ones, zeros filling up codes of fewer bits.
+
+    Args:
+        signed: from -1 to 1; unsigned from 0 to 1.
+        total_bits: ``2 ** total_bits`` values, less the ones that make room for one exact zero.
+        add_zero: keep an exact zero.
+
+    Raises:
+        ValueError: when ``total_bits`` does not fit 256 values.
+    """
+    return torch.tensor(native.linear_map(signed, total_bits, add_zero), device="cpu")
+
+
+def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -> Tensor:
+    """Quantiles of the normal distribution: 256 ascending float32 values, 15 or 16 distinct.
+
+    Args:
+        offset: the largest quantile taken.
+        use_extra_value: one more value on the positive side (as NF4 has).
+
+    Raises:
+        ValueError: when ``offset`` is not a probability above one half.
+    """
+    return torch.tensor(native.normal_map(offset, use_extra_value), device="cpu")
+
+
+def create_fp8_map(
+    signed: bool = True, exponent_bits: int = 5, precision_bits: int = 2, total_bits: int = 8
+) -> Tensor:
+    """A small floating-point format: 256 ascending float32 values scaled to [-1, 1].
+
+    Args:
+        signed: spend one bit on the sign.
+        exponent_bits, precision_bits: with the sign they must make up ``total_bits``.
+        total_bits: at most 8.
+
+    Raises:
+        AssertionError: when the bits do not add up.
+    """
+    if exponent_bits + precision_bits + int(signed) != total_bits:
+        raise AssertionError(
+            f"exponent_bits, precision_bits and the sign must make up total_bits, got "
+            f"{exponent_bits} + {precision_bits} + {int(signed)} for {total_bits}"
+        )
+    return torch.tensor(
+        native.fp8_map(signed, exponent_bits, precision_bits, total_bits), device="cpu"
+    )
+
+
+_CODE4 = {name: native.code4(name) for name in ("nf4", "fp4")}
+
+# AbnormalFloat for blocks of 64 (arXiv 2306.06965), in the order of upstream.
+_AF4 = [
+    1.0, 0.7242486476898193, 0.5549623370170593, 0.4256388247013092,
+    0.3167566657066345, 0.2196127474308014, 0.12934483587741852, 0.0427316389977932,
+    0.0, -0.049348119646310806, -0.14982478320598602, -0.25607553124427795,
+    -0.37369510531425476, -0.5124374032020569, -0.6944100856781006, -1.0,
+]  # fmt: skip
+
+
+def get_4bit_type(
+    typename: str, device: torch.device | str | None = None, blocksize: int = 64
+) -> Tensor:
+    """The values of a 4-bit type by index, float32 ``[16]`` in [-1, 1].
+
+    Args:
+        typename: ``"nf4"``, ``"fp4"``, or ``"af4"`` (of which only the values are known here).
+        device: where to put them; the CPU by default.
+        blocksize: ``"af4"`` exists for 64 only.
+
+    Raises:
+        NotImplementedError: for another type.
+    """
+    values = _CODE4.get(typename)
+    if values is None:
+        if typename != "af4" or blocksize != 64:
+            raise NotImplementedError(
+                f"typename must be 'nf4', 'fp4', or 'af4' with blocksize 64, "
+                f"got {typename!r} with blocksize {blocksize}"
+            )
+        values = _AF4
+    return torch.tensor(values, dtype=torch.float32, device=device or "cpu")
+
+
+def _dynamic_code(like: Tensor) -> Tensor:
+    """The default 8-bit code on the device of ``like``."""
+    if type(like) is not Tensor and type(like) is not torch.nn.Parameter:
+        # Fake tensors and other subclasses do not mix with a tensor made outside of their mode.
+        return torch.tensor(_DYNAMIC, device=like.device)
+    code = name2qmap["dynamic"]
+    return code if code.device == like.device else code.to(like.device)
+
+
+_DYNAMIC = native.dynamic_map(True, 7, 8)
+name2qmap["dynamic"] = torch.tensor(_DYNAMIC, device="cpu")
+
+# ---- the state -----------------------------------------------------------------------------------
+
+
+class QuantState:
+    """What is needed to read quantized data: scales, code, shape.
+
+    All attributes may be reassigned; the next call honours them.
+
+    Attributes:
+        absmax: the scales, one per block: float32, or uint8 indices into ``state2`` when nested.
+        shape: shape of the tensor that was quantized (4-bit only).
+        code: values by index: float32 ``[16]`` (4-bit) or ``[256]`` (8-bit).
+        dtype: dtype that was quantized, and to which it is restored.
+        blocksize: elements per block.
+        quant_type: ``"nf4"``, ``"fp4"``, or None for 8-bit.
+        nested: whether ``absmax`` is quantized itself (double quantization).
+        offset: the mean taken off the scales before quantizing them, float32 ``[]``.
+        state2: the state of ``absmax``.
+    """
+
+    valid_quant_types = ("fp4", "nf4")
+    valid_qs_type_keys: ClassVar[list[str]] = [f"bitsandbytes__{x}" for x in valid_quant_types]
+    valid_qs_keys: ClassVar[list[str]] = [
+        "absmax",
+        "quant_map",
+        "nested_absmax",
+        "nested_quant_map",
+        "quant_state",
+        "quant_type",
+        "blocksize",
+        "dtype",
+        "shape",
+        "nested_blocksize",
+        "nested_dtype",
+        "nested_offset",
+    ]
+
+    def __init__(
+        self,
+        absmax: Tensor,
+        shape: Any = None,
+        code: Tensor | None = None,
+        blocksize: int | None = None,
+        quant_type: str | None = None,
+        dtype: torch.dtype | None = None,
+        offset: Tensor | None = None,
+        state2: QuantState | None = None,
+    ) -> None:
+        self.absmax: Any = absmax
+        self.shape: Any = shape
+        self.code: Any = code
+        self.dtype: Any = dtype
+        self.blocksize: Any = blocksize
+        self.quant_type: Any = quant_type
+        self.offset: Any = offset
+        self.state2: Any = state2
+        self.nested: bool = state2 is not None
+        if _is_standard(code, quant_type):
+            self._standard = code
+
+    # The code, if it is known to hold the values of `quant_type`: the ops then need no table. An
+    # assigned code is another object, and gets passed.
+    _standard: Any = None
+
+    def _table(self) -> Tensor | None:
+        """The code, unless it is the one that the ops use anyhow."""
+        code = self.code
+        return None if code is self._standard else code
+
+    def __getattr__(self, name: str) -> Any:
+        # torch.distributed.checkpoint walks to what as_dict(packed=True) calls by this name.
+        if name == f"bitsandbytes__{self.__dict__.get('quant_type')}":
+            return self.as_dict(packed=True)[f"quant_state.{name}"]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def _as_list(self) -> list[Any]:
+        nested = [self.offset, self.state2] if self.nested else None
+        return [self.absmax, self.shape, self.dtype, self.blocksize, nested, self.quant_type]
+
+    def __getitem__(self, idx: Any) -> Any:
+        """The state as the list it once was: absmax, shape, dtype, blocksize, nested, quant_type.
+
+        The fifth is None or ``[offset, state2]``.
+        """
+        return self._as_list()[idx]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._as_list())
+
+    @classmethod
+    def from_dict(cls, qs_dict: Mapping[str, Any], device: torch.device | str) -> QuantState:
+        """Reads what :meth:`as_dict` wrote, packed or not. ``qs_dict`` is left as it is.
+
+        Args:
+            qs_dict: keys may carry a prefix that ends in a dot (``weight.absmax``).
+            device: where the tensors go.
+
+        Raises:
+            ValueError: when the dictionary is not one state, or a part of it is missing.
+        """
+        packed = [
+            key
+            for key, value in qs_dict.items()
+            if "quant_state" in key and isinstance(value, Tensor)
+        ]
+        if not packed and "quant_type" not in qs_dict:
+            raise ValueError("Expected packed or unpacked quant_state items, found neither")
+        if packed and (len(packed) != 1 or packed[0].split(".")[-1] not in cls.valid_qs_type_keys):
+            raise ValueError(
+                "There should be exactly one `quant_state` item with ending from "
+                f"{cls.valid_qs_type_keys}.\nDetected {packed}."
+            )
+        found = {key.rpartition(".")[2]: part for key, part in qs_dict.items() if key not in packed}
+        if packed:
+            try:
+                found.update(unpack_tensor_to_dict(qs_dict[packed[0]]))
+            except (UnicodeDecodeError, json.JSONDecodeError) as error:
+                raise ValueError(f"{packed[0]} must hold JSON, but: {error}") from error
+
+        def part(key: str) -> Any:
+            try:
+                return found[key]
+            except KeyError:
+                raise ValueError(
+                    f"a quantization state must hold {key!r}, got {sorted(found)}"
+                ) from None
+
+        def dtype(key: str) -> torch.dtype:
+            named = getattr(torch, str(part(key)).rpartition(".")[2], None)
+            if not isinstance(named, torch.dtype):
+                raise ValueError(f"{key} must name a dtype, got {part(key)!r}")
+            return named
+
+        offset, state2 = None, None
+        if "nested_absmax" in found:
+            offset = torch.tensor(float(part("nested_offset")), device=device)
+            state2 = cls(
+                absmax=part("nested_absmax").to(device),
+                blocksize=part("nested_blocksize"),
+                code=part("nested_quant_map").to(device),
+                dtype=dtype("nested_dtype"),
+            )
+        shape = part("shape")
+        return cls(
+            quant_type=part("quant_type"),
+            absmax=part("absmax").to(device),
+            blocksize=part("blocksize"),
+            code=part("quant_map").to(device),
+            dtype=dtype("dtype"),
+            shape=None if shape is None else torch.Size(shape),
+            offset=offset,
+            state2=state2,
+        )
+
+    def as_dict(self, packed: bool = False) -> dict[str, Any]:
+        """The state as a dictionary.
+
+        Args:
+            packed: with tensors only, as checkpoints hold them: what is not a tensor becomes JSON
+                in a uint8 tensor under ``quant_state.bitsandbytes__<quant_type>``.
+        """
+        state: dict[str, Any] = {
+            "quant_type": self.quant_type,
+            "absmax": self.absmax,
+            "blocksize": self.blocksize,
+            "quant_map": self.code,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "shape": None if self.shape is None else tuple(self.shape),
+        }
+        if self.nested:
+            state |= {
+                "nested_absmax": self.state2.absmax,
+                # Clones: safetensors refuses tensors that share memory.
+                "nested_blocksize": self.state2.blocksize,
+                "nested_quant_map": self.state2.code.clone(),
+                "nested_dtype": str(self.state2.dtype).removeprefix("torch."),
+                "nested_offset": self.offset.item(),
+            }
+        if not packed or self.quant_type is None:
+            return state
+        tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+        rest = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
+        tensors[f"quant_state.bitsandbytes__{self.quant_type}"] = pack_dict_to_tensor(rest)
+        return tensors
+
+    def to(self, device: torch.device | str) -> None:
+        """Moves all tensors to ``device``, in place."""
+        self.absmax = self.absmax.to(device)
+        if self.code is not None:
+            code = self.code.to(device)
+            if self.code is self._standard:
+                self._standard = code
+            self.code = code
+        if self.nested:
+            self.offset = self.offset.to(device)
+            self.state2.to(device)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, QuantState):
+            return False
+
+        def same(a: Any, b: Any) -> bool:
+            if isinstance(a, Tensor) and isinstance(b, Tensor):
+                return a.dtype == b.dtype and torch.equal(a, b.to(a.device))
+            return a is None and b is None
+
+        return (
+            self.quant_type == other.quant_type
+            and self.blocksize == other.blocksize
+            and self.dtype == other.dtype
+            and (self.shape is None) == (other.shape is None)
+            and (self.shape is None or tuple(self.shape) == tuple(other.shape))
+            and self.nested == other.nested
+            and same(self.absmax, other.absmax)
+            and same(self.code, other.code)
+            and (not self.nested or same(self.offset, other.offset))
+            and (not self.nested or self.state2 == other.state2)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _is_standard(code: Any, quant_type: str | None) -> bool:
+    if torch.compiler.is_compiling() or type(code) is not Tensor or not code.is_cpu:
+        return False
+    return code.tolist() == _CODE4.get(quant_type or "")
+
+
+def _nested(state: QuantState) -> tuple[Tensor, Tensor, Tensor, int]:
+    """absmax2, code2, offset, blocksize2 of a double-quantized state."""
+    second = state.state2
+    if second is None or state.offset is None:
+        raise ValueError("a nested quantization state needs offset and state2, got one or none")
+    code = second.code
+    return (
+        second.absmax,
+        _dynamic_code(state.absmax) if code is None else code,
+        state.offset,
+        second.blocksize,
+    )
+
+
+# ---- 4-bit ---------------------------------------------------------------------------------------
+
+
+def quantize_4bit(
+    A: Tensor,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+    compress_statistics: bool = False,
+    quant_type: str = "fp4",
+    quant_storage: torch.dtype = torch.uint8,
+) -> tuple[Tensor, QuantState]:
+    """Quantizes ``A`` to 4 bits an element, with a scale per block.
+
+    NaN and infinity are not looked for: the scale of their block becomes NaN or infinity.
+
+    Args:
+        A: float32, float16 or bfloat16, of any shape.
+        absmax: float32 ``[blocks]`` to write the scales into (uint8 with
+            ``compress_statistics``).
+        out: ``[bytes / itemsize, 1]`` of dtype ``quant_storage`` to write the codes into.
+        blocksize: 32, 64 (default), 128, 256, 512, 1024, 2048 or 4096 elements.
+        compress_statistics: quantize the scales too, to 8 bits in blocks of 256.
+        quant_type: ``"fp4"`` or ``"nf4"``.
+        quant_storage: dtype that the bytes are stored as.
+
+    Returns:
+        The packed codes, two a byte, ``[ceil(ceil(n / 2) / itemsize), 1]``, and the state.
+
+    Raises:
+        ValueError: for another dtype, block size, type, or buffers that do not fit.
+    """
+    if blocksize is None:
+        blocksize = 64
+    if A.requires_grad:
+        A = A.detach()
+    offset, state2 = None, None
+    try:
+        if out is None and absmax is None:
+            if not compress_statistics:
+                packed, scales = _quantize_4bit(A, blocksize, quant_type, quant_storage)
+            else:
+                packed, scales, absmax2, offset = _quantize_4bit_nested(
+                    A, blocksize, quant_type, quant_storage, _NESTED_BLOCKSIZE
+                )
+                state2 = _second_state(absmax2, _NESTED_BLOCKSIZE)
+        else:
+            native.check_blocksize(blocksize)
+            units = -(-((A.numel() + 1) // 2) // quant_storage.itemsize)
+            packed = _buffer("out", out, (units, 1), quant_storage, A)
+            blocks = (-(-A.numel() // blocksize),)
+            first = None if compress_statistics else absmax
+            scales = _buffer("absmax", first, blocks, torch.float32, A)
+            _quantize_4bit_out(A, blocksize, quant_type, packed, scales)
+            if compress_statistics:
+                scales, absmax2, offset = _quantize_absmax(scales, _NESTED_BLOCKSIZE)
+                state2 = _second_state(absmax2, _NESTED_BLOCKSIZE)
+                if absmax is not None:
+                    scales = _buffer("absmax", absmax, blocks, torch.uint8, A).copy_(scales)
+    except (RuntimeError, NotImplementedError) as error:
+        raise failure(error) from None
+    code = get_4bit_type(quant_type, device=A.device)
+    state = QuantState(scales, A.shape, code, blocksize, quant_type, A.dtype, offset, state2)
+    state._standard = code
+    return packed, state
+
+
+def _second_state(absmax2: Tensor, blocksize: int) -> QuantState:
+    code = _dynamic_code(absmax2)
+    return QuantState(absmax=absmax2, code=code, blocksize=blocksize, dtype=torch.float32)
+
+
+def _buffer(
+    name: str, given: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor
+) -> Tensor:
+    """The caller's buffer, checked, or a fresh one."""
+    if given is None:
+        return like.new_empty(shape, dtype=dtype)
+    if tuple(given.shape) != shape or given.dtype != dtype or given.device != like.device:
+        raise ValueError(
+            f"{name} must be {dtype} of shape {list(shape)} on {like.device}, "
+            f"got {given.dtype} of shape {list(given.shape)} on {given.device}"
+        )
+    return given
+
+
+def quantize_fp4(
+    A: Tensor,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+    compress_statistics: bool = False,
+    quant_storage: torch.dtype = torch.uint8,
+) -> tuple[Tensor, QuantState]:
+    """:func:`quantize_4bit` with ``quant_type="fp4"``."""
+    return quantize_4bit(A, absmax, out, blocksize, compress_statistics, "fp4", quant_storage)
+
+
+def quantize_nf4(
+    A: Tensor,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+    compress_statistics: bool = False,
+    quant_storage: torch.dtype = torch.uint8,
+) -> tuple[Tensor, QuantState]:
+    """:func:`quantize_4bit` with ``quant_type="nf4"``."""
+    return quantize_4bit(A, absmax, out, blocksize, compress_statistics, "nf4", quant_storage)
+
+
+def dequantize_4bit(
+    A: Tensor,
+    quant_state: QuantState | None = None,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+    quant_type: str = "fp4",
+) -> Tensor:
+    """The inverse of :func:`quantize_4bit`: exactly the shape that was quantized.
+
+    Args:
+        A: the packed codes, in any storage dtype. When it is transposed, ``[1, n]``, so is the
+            result.
+        quant_state: what :func:`quantize_4bit` returned. Without it, ``absmax`` and ``out`` are
+            needed, and ``blocksize`` (64) and ``quant_type`` count.
+        absmax: float32 ``[blocks]``; only without ``quant_state``.
+        out: written and returned; its dtype decides, its shape must be the state's.
+
+    Raises:
+        ValueError: when the parts do not fit each other.
+    """
+    if quant_state is None:
+        if absmax is None or out is None:
+            raise ValueError(
+                "dequantize_4bit requires both absmax and out when quant_state is not provided"
+            )
+        blocksize = 64 if blocksize is None else blocksize
+        quant_state = QuantState(absmax, out.shape, None, blocksize, quant_type, out.dtype)
+    s = quant_state
+    try:
+        if out is None:
+            code = s.code
+            if code is s._standard and not s.nested:
+                result = _dequantize_4bit(A, s.absmax, s.blocksize, s.quant_type, s.shape, s.dtype)
+            else:
+                nested = _nested(s) if s.nested else _NOT_NESTED
+                result = _dequantize_4bit_state(
+                    A, s.absmax, s.blocksize, s.quant_type, s.shape, s.dtype, code, *nested
+                )
+        else:
+            if s.shape is not None and tuple(out.shape) != tuple(s.shape):
+                raise ValueError(f"out must have shape {list(s.shape)}, got {list(out.shape)}")
+            nested = _nested(s) if s.nested else _NOT_NESTED
+            _dequantize_4bit_out(A, s.absmax, s.blocksize, s.quant_type, s._table(), *nested, out)
+            result = out
+    except (RuntimeError, NotImplementedError) as error:
+        raise failure(error) from None
+    if A.size(-1) != 1 and A.dim() == 2 and A.size(0) == 1:
+        return result.t()
+    return result
+
+
+def dequantize_fp4(
+    A: Tensor,
+    quant_state: QuantState | None = None,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+) -> Tensor:
+    """:func:`dequantize_4bit` with ``quant_type="fp4"``."""
+    return dequantize_4bit(A, quant_state, absmax, out, blocksize, "fp4")
+
+
+def dequantize_nf4(
+    A: Tensor,
+    quant_state: QuantState | None = None,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+) -> Tensor:
+    """:func:`dequantize_4bit` with ``quant_type="nf4"``."""
+    return dequantize_4bit(A, quant_state, absmax, out, blocksize, "nf4")
+
+
+def gemv_4bit(
+    A: Tensor,
+    B: Tensor,
+    out: Tensor | None = None,
+    transposed_A: bool = False,
+    transposed_B: bool = False,
+    state: QuantState | None = None,
+) -> Tensor:
+    """``A · dequantize(B)^T`` without a gradient; any number of rows.
+
+    Args:
+        A: ``[..., in_features]``, float32, float16 or bfloat16.
+        B: the packed weight, or its transpose.
+        out: ``[..., out_features]``, written and returned.
+        transposed_A, transposed_B: ignored.
+        state: the weight's, of shape ``[out_features, in_features]``.
+
+    Raises:
+        ValueError: without a state, or when the parts do not fit each other.
+    """
+    if state is None:
+        raise ValueError("gemv_4bit requires the state from quantize_4bit, got None")
+    s = state
+    nested = _nested(s) if s.nested else _NOT_NESTED
+    weight = (s.absmax, s.blocksize, s.quant_type, s.shape, None, s._table(), *nested)
+    try:
+        with torch.no_grad():
+            if out is None:
+                return _matmul_4bit(A, B, *weight)
+            _matmul_4bit_out(A, B, *weight, out)
+            return out
+    except (RuntimeError, NotImplementedError) as error:
+        raise failure(error) from None
+
+
+# ---- 8-bit ---------------------------------------------------------------------------------------
+
+
+def quantize_blockwise(
+    A: Tensor,
+    code: Tensor | None = None,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int = 4096,
+    nested: bool = False,
+) -> tuple[Tensor, QuantState]:
+    """Quantizes ``A`` to 8 bits an element: the nearest of up to 256 values, a scale per block.
+
+    Args:
+        A: float32, float16 or bfloat16, of any shape.
+        code: ascending values in [-1, 1], ``[1..256]``; the signed dynamic map by default.
+        absmax: float32 ``[blocks]`` to write the scales into (uint8 when ``nested``).
+        out: uint8 of the shape of ``A`` to write the indices into.
+        blocksize: 32, 64, 128, 256, 512, 1024, 2048 or 4096 (default) elements.
+        nested: quantize the scales too, with the same block size.
+
+    Returns:
+        The indices, uint8 of the shape of ``A``, and the state.
+
+    Raises:
+        ValueError: for another dtype or block size, a code that does not ascend, or buffers that
+            do not fit.
+    """
+    if A.requires_grad:
+        A = A.detach()
+    if code is None:
+        code = _dynamic_code(A)
+    offset, state2 = None, None
+    try:
+        if out is None and absmax is None:
+            out, scales = _quantize_blockwise(A, code, blocksize)
+        else:
+            native.check_blocksize(blocksize)
+            out = _buffer("out", out, tuple(A.shape), torch.uint8, A)
+            blocks = (-(-A.numel() // blocksize),)
+            scales = _buffer("absmax", None if nested else absmax, blocks, torch.float32, A)
+            _quantize_blockwise_out(A, code, blocksize, out, scales)
+        if nested:
+            scales, absmax2, offset = _quantize_absmax(scales, blocksize)
+            state2 = _second_state(absmax2, blocksize)
+            if absmax is not None:
+                scales = _buffer("absmax", absmax, blocks, torch.uint8, A).copy_(scales)
+    except (RuntimeError, NotImplementedError) as error:
+        raise failure(error) from None
+    state = QuantState(
+        absmax=scales, code=code, blocksize=blocksize, dtype=A.dtype, offset=offset, state2=state2
+    )
+    return out, state
+
+
+def dequantize_blockwise(
+    A: Tensor,
+    quant_state: QuantState | None = None,
+    absmax: Tensor | None = None,
+    code: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int = 4096,
+    nested: bool = False,
+) -> Tensor:
+    """The inverse of :func:`quantize_blockwise`.
+
+    Args:
+        A: uint8 indices.
+        quant_state: what :func:`quantize_blockwise` returned. Without it ``absmax`` is needed, and
+            ``code`` (the signed dynamic map) and ``blocksize`` count; the result is float32.
+        absmax: float32 ``[blocks]``; only without ``quant_state``.
+        out: written and returned; its dtype decides, its shape must be that of ``A``.
+        nested: ignored, the state knows.
+
+    Raises:
+        ValueError: when the parts do not fit each other.
+    """
+    if A.dtype != torch.uint8:
+        raise ValueError(f"A must be uint8, got {A.dtype}")
+    if quant_state is None:
+        if absmax is None:
+            raise ValueError("dequantize_blockwise requires either quant_state or absmax")
+        quant_state = QuantState(absmax, code=code, blocksize=blocksize, dtype=torch.float32)
+    s = quant_state
+    scales = s.absmax
+    if s.nested:
+        _nested(s)
+        scales = dequantize_blockwise(scales, s.state2) + s.offset
+    values = _dynamic_code(A) if s.code is None else s.code
+    try:
+        if out is None:
+            return _dequantize_blockwise(A, scales, values, s.blocksize, s.dtype)
+        if out.shape != A.shape:
+            raise ValueError(f"out must have shape {list(A.shape)}, got {list(out.shape)}")
+        _dequantize_blockwise_out(A, scales, values, s.blocksize, out.dtype, out)
+        return out
+    except (RuntimeError, NotImplementedError) as error:
+        raise failure(error) from None
+
+
+# ---- for clients that go below this module -------------------------------------------------------
+
+
+def get_ptr(A: Tensor | None) -> ct.c_void_p | None:
+    """The address of a tensor's first element, for ctypes."""
+    return None if A is None else ct.c_void_p(A.data_ptr())
+
+
+def is_on_gpu(tensors: Iterable[Tensor | None]) -> bool:
+    """True when the tensors (None is skipped) can be used in one call: all on one device.
+
+    The name is historic. The CPU counts as a device.
+
+    Raises:
+        RuntimeError: when they are on several.
+    """
+    devices = {tensor.device for tensor in tensors if tensor is not None}
+    if len(devices) > 1:
+        listed = ", ".join(sorted(str(device) for device in devices))
+        raise RuntimeError(f"all tensors must be on the same device, got {listed}")
+    return True
+
+
+__all__ = [
+    "QuantState",
+    "create_dynamic_map",
+    "create_fp8_map",
+    "create_linear_map",
+    "create_normal_map",
+    "dequantize_4bit",
+    "dequantize_blockwise",
+    "dequantize_fp4",
+    "dequantize_nf4",
+    "gemv_4bit",
+    "get_4bit_type",
+    "get_ptr",
+    "is_on_gpu",
+    "lib",
+    "name2qmap",
+    "pack_dict_to_tensor",
+    "quantize_4bit",
+    "quantize_blockwise",
+    "quantize_fp4",
+    "quantize_nf4",
+    "unpack_tensor_to_dict",
+]
