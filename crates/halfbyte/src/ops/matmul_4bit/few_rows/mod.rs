@@ -56,9 +56,9 @@ const GROUP_VECTORS: usize = 8;
 /// Output features per block of a task: their running sums stay in the caches.
 const BLOCK: usize = 48;
 /// Codes of a weight row per tile: with the activations' tile it fits the first-level cache.
-const TILE: usize = 1024;
+const TILE: usize = 512;
 /// The same for more than 8 rows.
-const NARROW_TILE: usize = 512;
+const NARROW_TILE: usize = 256;
 /// Units whose scales are spread at a time in the direct way: 16 KiB of the first-level cache.
 const SPREAD_UNITS: usize = 4096;
 /// Codes of a weight row per step of the direct way: two rows' scales are spread at a time.
@@ -110,13 +110,15 @@ trait Kernel: Sized {
     const DIRECT_ROWS: usize;
     /// The decoding table, in registers.
     type Table: Copy;
+    /// A group as read.
+    type Codes: Copy;
 
     unsafe fn table(table: &[f32; 16]) -> Self::Table;
-    /// Decodes the `GROUP / 2` bytes at `packed`. `PAST_END` permits reading 3 bytes more.
-    unsafe fn codes<const PAST_END: bool>(
-        table: Self::Table,
-        packed: *const u8,
-    ) -> [Self::V; GROUP_VECTORS];
+    /// Reads the `GROUP / 2` bytes at `packed`. `PAST_END` permits reading 3 bytes more.
+    unsafe fn read<const PAST_END: bool>(table: Self::Table, packed: *const u8) -> Self::Codes;
+    /// The decoded vector `i` of a group. A function of its own, so that look-ups and multiply-adds
+    /// alternate: all look-ups first would fill the scheduler with waiting multiply-adds.
+    unsafe fn vector(table: Self::Table, codes: &Self::Codes, i: usize) -> Self::V;
     /// Lane by lane, the scales of the vectors that take scale vector `i`, from the `LANES` units'
     /// scales at `units`.
     unsafe fn scale(units: *const f32, i: usize) -> Self::V;
@@ -349,10 +351,14 @@ impl Product<'_> {
     /// As for [`Kernel`]; `x` is as [`pack`] left it.
     #[inline(always)]
     unsafe fn block<K: Kernel>(&self, features: Range<usize>, sums: &mut Sums) {
-        let mut scales = UnitScales::new(self.weight, features.len());
+        let k = self.weight.in_features;
+        let direct = k % UNIT == 0 && self.layout.rows <= K::DIRECT_ROWS;
+        // A tile crosses the second level's blocks too often for tables of them.
+        let scale_count = features.len() * k / self.weight.blocks.blocksize().get();
+        let mut scales = UnitScales::new(self.weight, direct && scale_count >= 256);
         // SAFETY: the caller's promises.
         unsafe {
-            if self.weight.in_features % UNIT == 0 && self.layout.rows <= K::DIRECT_ROWS {
+            if direct {
                 match self.layout.rows {
                     1 => self.direct::<K, 1>(&mut scales, features, sums),
                     2 if K::DIRECT_ROWS >= 2 => self.direct::<K, 2>(&mut scales, features, sums),
@@ -493,6 +499,7 @@ impl Product<'_> {
         let (k, rows) = (self.weight.in_features, self.layout.rows);
         let mut acc = Buffer::<{ MAX_ROWS * BLOCK * 16 }>::new();
         let mut tile = Buffer::<{ 4 * TILE }>::new();
+        let mut units = Buffer::<{ BLOCK * TILE / UNIT }>::new();
         let (acc, tile) = (acc.ptr(), tile.ptr());
         let width = if rows > 8 { NARROW_TILE } else { TILE };
         let padded = features.len().next_multiple_of(K::WEIGHT_ROWS);
@@ -506,17 +513,27 @@ impl Product<'_> {
             }
             for start in (0..k).step_by(width) {
                 let codes = start..k.min(start + width);
-                let vectors = codes.len().div_ceil(K::GROUP) * GROUP_VECTORS;
+                let groups = codes.len().div_ceil(K::GROUP);
+                let row_units = groups * K::LANES;
+                // All features' scales are spread before the first is read: a read soon after
+                // narrower writes waits for them to reach the cache.
+                for i in 0..features.len() {
+                    let units = units.part(i * row_units, codes.len().div_ceil(UNIT));
+                    scales.fill::<K>((features.start + i) * k + start, units);
+                }
                 for i in (0..padded).step_by(K::WEIGHT_ROWS) {
                     for r in 0..K::WEIGHT_ROWS {
                         // Past the block's end its last row stands in; the sums go unread.
-                        let o = (features.start + i + r).min(features.end - 1);
-                        self.decode::<K>(scales, o, codes.clone(), tile.add(r * K::LANES));
+                        let i = (i + r).min(features.len() - 1);
+                        let units = units.ptr().add(i * row_units);
+                        let tile = tile.add(r * K::LANES);
+                        self.decode::<K>(features.start + i, codes.clone(), units, tile);
                     }
                     for m in (0..rows).step_by(self.layout.batch) {
                         let x = self.x.add(self.layout.at(m, start / K::GROUP));
                         let acc = acc.add(lanes(i, m));
                         let fresh = start == 0;
+                        let vectors = groups * GROUP_VECTORS;
                         dot::<K>(self.layout.batch_rows(m), x, tile, vectors, acc, rows, fresh);
                     }
                 }
@@ -533,22 +550,21 @@ impl Product<'_> {
     /// `to + v * WEIGHT_ROWS * LANES`.
     ///
     /// # Safety
-    /// As for [`block`](Self::block); `codes` starts at a group and is no longer than `TILE`; `to`
-    /// has room for `WEIGHT_ROWS` rows of its groups, counted from the first row's start.
+    /// As for [`block`](Self::block); `codes` starts at a group and is no longer than `TILE`;
+    /// `units` has its scales, and room for those of whole groups; `to` has room for `WEIGHT_ROWS`
+    /// rows of its groups, counted from the first row's start.
     #[inline(always)]
     unsafe fn decode<K: Kernel>(
         &self,
-        scales: &mut UnitScales<'_>,
         o: usize,
         codes: Range<usize>,
+        units: *mut f32,
         to: *mut f32,
     ) {
         let weight = self.weight;
         let start = o * weight.in_features + codes.start; // in the flattened weight
         let len = codes.len();
         let (whole, rest) = (len / K::GROUP, len % K::GROUP);
-        let mut units = Buffer::<{ TILE / UNIT }>::new();
-        let units = units.ptr();
         let mut shifted = [0u8; TILE / 2];
         let bytes = &weight.packed[start / 2..(start + len).div_ceil(2)];
         let bytes = if start % 2 == 0 {
@@ -563,8 +579,6 @@ impl Product<'_> {
         };
         // SAFETY: per step below.
         unsafe {
-            let spread = std::slice::from_raw_parts_mut(units, len.div_ceil(UNIT));
-            scales.fill::<K>(start, spread);
             let table = K::table(weight.table);
             let stride = K::WEIGHT_ROWS * K::LANES;
             let packed = bytes.as_ptr();
@@ -658,24 +672,24 @@ impl Rows {
         let per_scale = GROUP_VECTORS / K::SCALES;
         // SAFETY: the caller's promises.
         unsafe {
-            let mut codes = [[K::zero(); GROUP_VECTORS]; R];
+            let mut codes = [K::read::<PAST_END>(table, self.packed); R];
             for r in 0..R {
                 let packed = self.packed.add(r * self.row_bytes);
                 // The same place in the next rows that this thread will come to.
                 K::prefetch(packed.wrapping_add(R * self.row_bytes));
-                codes[r] = K::codes::<PAST_END>(table, packed);
+                codes[r] = K::read::<PAST_END>(table, packed);
             }
             for s in 0..K::SCALES {
                 let mut part = [[K::zero(); R]; M];
                 for i in 0..per_scale {
                     let v = s * per_scale + i;
-                    for m in 0..M {
-                        let x = K::load(self.x.add((v * M + m) * K::LANES));
-                        for r in 0..R {
-                            part[m][r] = if i == 0 {
-                                K::mul(codes[r][v], x)
-                            } else {
-                                K::fma(codes[r][v], x, part[m][r])
+                    for r in 0..R {
+                        let w = K::vector(table, &codes[r], v);
+                        for m in 0..M {
+                            let x = K::load(self.x.add((v * M + m) * K::LANES));
+                            part[m][r] = match i {
+                                0 => K::mul(w, x),
+                                _ => K::fma(w, x, part[m][r]),
                             };
                         }
                     }
@@ -705,10 +719,11 @@ unsafe fn decode_group<K: Kernel, const PAST_END: bool>(
 ) {
     // SAFETY: the caller's promises.
     unsafe {
-        let codes = K::codes::<PAST_END>(table, packed);
-        for (v, &code) in codes.iter().enumerate() {
+        let codes = K::read::<PAST_END>(table, packed);
+        for v in 0..GROUP_VECTORS {
             let scale = K::scale(units, v * K::SCALES / GROUP_VECTORS);
-            K::store(to.add(v * K::WEIGHT_ROWS * K::LANES), K::mul(code, scale));
+            let w = K::mul(K::vector(table, &codes, v), scale);
+            K::store(to.add(v * K::WEIGHT_ROWS * K::LANES), w);
         }
     }
 }
@@ -800,11 +815,9 @@ struct UnitScales<'a> {
 }
 
 impl<'a> UnitScales<'a> {
-    /// For a block of `features` weight rows.
     #[inline(always)]
-    fn new(weight: &Weight4<'a>, features: usize) -> Self {
+    fn new(weight: &Weight4<'a>, tabulate: bool) -> Self {
         let block = weight.blocks.blocksize().get();
-        let tabulate = features * weight.in_features / block >= 256;
         Self { scales: weight.scales, block, tabulate, second: usize::MAX, table: [0.0; 256] }
     }
 
