@@ -100,6 +100,12 @@ impl Kernel for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn halves(low: f32, _: f32) -> __m256 {
+        // SAFETY: see `zero`.
+        unsafe { _mm256_set1_ps(low) }
+    }
+
+    #[inline(always)]
     unsafe fn zero() -> __m256 {
         // SAFETY: inlined where AVX2 is enabled, as is everything below.
         unsafe { _mm256_setzero_ps() }

@@ -72,6 +72,12 @@ impl Kernel for Avx512 {
     }
 
     #[inline(always)]
+    unsafe fn halves(low: f32, high: f32) -> __m512 {
+        // SAFETY: see `zero`.
+        unsafe { _mm512_mask_blend_ps(0xFF00, _mm512_set1_ps(low), _mm512_set1_ps(high)) }
+    }
+
+    #[inline(always)]
     unsafe fn zero() -> __m512 {
         // SAFETY: inlined where AVX-512 is enabled, as is everything below.
         unsafe { _mm512_setzero_ps() }

@@ -78,6 +78,12 @@ impl Kernel for Neon {
     }
 
     #[inline(always)]
+    unsafe fn halves(low: f32, _: f32) -> float32x4_t {
+        // SAFETY: see `zero`.
+        unsafe { vdupq_n_f32(low) }
+    }
+
+    #[inline(always)]
     unsafe fn zero() -> float32x4_t {
         // SAFETY: part of the base architecture, as is everything below.
         unsafe { vdupq_n_f32(0.0) }
