@@ -29,7 +29,7 @@ impl Kernel for Avx512 {
     const SCALES: usize = 1;
     const WEIGHT_ROWS: usize = 3;
     const ROWS: usize = 8;
-    const DIRECT_ROWS: usize = 3;
+    const DIRECT_ROWS: usize = 4;
 
     #[inline(always)]
     unsafe fn table(table: &[f32; 16]) -> __m512 {

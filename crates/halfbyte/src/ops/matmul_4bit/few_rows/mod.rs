@@ -46,6 +46,7 @@ use crate::isa::Isa;
 use crate::ops::{NestedScales, Scales};
 use crate::threads::{self, Chunks, Shared};
 use std::cell::Cell;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 /// The most rows for which this way beats the general product.
@@ -57,10 +58,11 @@ const UNIT: usize = 8;
 const GROUP_VECTORS: usize = 8;
 /// Output features per block of a task: their running sums stay in the caches.
 const BLOCK: usize = 48;
-/// Codes of a weight row per tile: with the activations' tile it fits the first-level cache.
-const TILE: usize = 512;
-/// The same for more than 8 rows.
-const NARROW_TILE: usize = 256;
+/// Codes of a weight row per tile, at most.
+const TILE: usize = 1024;
+/// Activations of a tile, all rows': half of the first-level cache, which holds the weight's tile
+/// and the running sums besides.
+const TILE_FLOATS: usize = 6144;
 /// Codes of a weight row per step of the direct way, where scales are spread: those of two rows
 /// stay in the first-level cache.
 const SEGMENT: usize = 8192;
@@ -305,12 +307,12 @@ unsafe impl Sync for Product<'_> {}
 
 /// A buffer on the stack, aligned to cache lines, written before it is read.
 #[repr(align(64))]
-struct Buffer<const N: usize>(std::mem::MaybeUninit<[f32; N]>);
+struct Buffer<const N: usize>(MaybeUninit<[f32; N]>);
 
 impl<const N: usize> Buffer<N> {
     #[inline(always)]
     const fn new() -> Self {
-        Self(std::mem::MaybeUninit::uninit())
+        Self(MaybeUninit::uninit())
     }
 
     #[inline(always)]
@@ -363,7 +365,8 @@ impl Product<'_> {
                 match self.layout.rows {
                     1 => self.direct::<K, 1>(&mut scales, features, sums),
                     2 if K::DIRECT_ROWS >= 2 => self.direct::<K, 2>(&mut scales, features, sums),
-                    _ if K::DIRECT_ROWS >= 3 => self.direct::<K, 3>(&mut scales, features, sums),
+                    3 if K::DIRECT_ROWS >= 3 => self.direct::<K, 3>(&mut scales, features, sums),
+                    _ if K::DIRECT_ROWS >= 4 => self.direct::<K, 4>(&mut scales, features, sums),
                     _ => unreachable!("at most DIRECT_ROWS"),
                 }
             } else {
@@ -515,10 +518,11 @@ impl Product<'_> {
         let mut tile = Buffer::<{ 4 * TILE }>::new();
         let mut units = Buffer::<{ BLOCK * TILE / UNIT }>::new();
         let (acc, tile) = (acc.ptr(), tile.ptr());
-        let width = if rows > 8 { NARROW_TILE } else { TILE };
+        let width = (TILE_FLOATS / rows / 128 * 128).min(TILE);
         let padded = features.len().next_multiple_of(K::WEIGHT_ROWS);
-        // Lanes of row `m` of feature `i` of the block.
-        let lanes = |i: usize, m: usize| (i * rows + m) * K::LANES;
+        // The lanes of the `WEIGHT_ROWS` features from `i` on for rows from `m` on: a row's features
+        // side by side.
+        let lanes = |i: usize, m: usize| (i * rows + m * K::WEIGHT_ROWS) * K::LANES;
         // SAFETY: per step below; `acc` holds `LANES <= 16` floats for `padded <= BLOCK` features
         // of `rows <= MAX_ROWS` rows, `tile` `WEIGHT_ROWS <= 4` rows of `width` codes.
         unsafe {
@@ -572,13 +576,15 @@ impl Product<'_> {
                         let acc = acc.add(lanes(i, m));
                         let fresh = start == 0;
                         let vectors = groups * GROUP_VECTORS;
-                        dot::<K>(self.layout.batch_rows(m), x, tile, vectors, acc, rows, fresh);
+                        dot::<K>(self.layout.batch_rows(m), x, tile, vectors, acc, fresh);
                     }
                 }
             }
             for i in 0..features.len() {
                 for m in 0..rows {
-                    sums.0[m][i] = K::sum(K::load(acc.add(lanes(i, m))));
+                    let r = i % K::WEIGHT_ROWS;
+                    let lanes = acc.add(lanes(i - r, m) + r * K::LANES);
+                    sums.0[m][i] = K::sum(K::load(lanes));
                 }
             }
         }
@@ -603,18 +609,9 @@ impl Product<'_> {
         let start = o * weight.in_features + codes.start; // in the flattened weight
         let len = codes.len();
         let (whole, rest) = (len / K::GROUP, len % K::GROUP);
-        let mut shifted = [0u8; TILE / 2];
         let bytes = &weight.packed[start / 2..(start + len).div_ceil(2)];
-        let bytes = if start % 2 == 0 {
-            bytes
-        } else {
-            // The row starts in a low nibble.
-            let next = bytes[1..].iter().copied().chain([0]);
-            for ((to, a), b) in shifted.iter_mut().zip(bytes).zip(next) {
-                *to = a << 4 | b >> 4;
-            }
-            &shifted[..len.div_ceil(2)]
-        };
+        let mut shifted = [MaybeUninit::uninit(); TILE / 2];
+        let bytes = if start % 2 == 0 { bytes } else { shift(bytes, len, &mut shifted) };
         // SAFETY: per step below.
         unsafe {
             let table = K::table(weight.table);
@@ -667,6 +664,17 @@ impl Product<'_> {
             }
         }
     }
+}
+
+/// The `len` codes from the low nibble of the first byte on, moved to start in a high one.
+fn shift<'a>(bytes: &[u8], len: usize, to: &'a mut [MaybeUninit<u8>; TILE / 2]) -> &'a [u8] {
+    let next = bytes[1..].iter().copied().chain([0]);
+    let to = &mut to[..len.div_ceil(2)];
+    for ((to, a), b) in to.iter_mut().zip(bytes).zip(next) {
+        to.write(a << 4 | b >> 4);
+    }
+    // SAFETY: all written: `bytes` has as many bytes or one more.
+    unsafe { to.assume_init_ref() }
 }
 
 /// The inverse of [`Kernel::CODE_AT`].
@@ -892,7 +900,7 @@ unsafe fn decode_group<K: Kernel, S: Scaling, const PAST_END: bool>(
 }
 
 /// Adds `vectors` of `WEIGHT_ROWS` rows of the tile times those of `batch` activation rows to the
-/// lanes at `acc` (or sets them, if `fresh`); a weight row's lanes are for `rows` activation rows.
+/// lanes at `acc`, or sets them, if `fresh`.
 ///
 /// # Safety
 /// As for [`Kernel`]; the buffers hold as much.
@@ -903,7 +911,6 @@ unsafe fn dot<K: Kernel>(
     tile: *const f32,
     vectors: usize,
     acc: *mut f32,
-    rows: usize,
     fresh: bool,
 ) {
     // SAFETY: the caller's promises; `batch` is at most `K::ROWS`.
@@ -912,8 +919,8 @@ unsafe fn dot<K: Kernel>(
             ($($m:literal)*) => {
                 match (batch, K::WEIGHT_ROWS) {
                     $(
-                        ($m, 3) if $m <= K::ROWS => dot_rows::<K, $m, 3>(x, tile, vectors, acc, rows, fresh),
-                        ($m, 4) if $m <= K::ROWS => dot_rows::<K, $m, 4>(x, tile, vectors, acc, rows, fresh),
+                        ($m, 3) if $m <= K::ROWS => dot_rows::<K, $m, 3>(x, tile, vectors, acc, fresh),
+                        ($m, 4) if $m <= K::ROWS => dot_rows::<K, $m, 4>(x, tile, vectors, acc, fresh),
                     )*
                     _ => unreachable!("a batch has 1 to {} rows", K::ROWS),
                 }
@@ -931,13 +938,12 @@ unsafe fn dot_rows<K: Kernel, const M: usize, const R: usize>(
     tile: *const f32,
     vectors: usize,
     acc: *mut f32,
-    rows: usize,
     fresh: bool,
 ) {
     // SAFETY: the caller's promises.
     unsafe {
         let mut sum = [[K::zero(); R]; M];
-        let lanes = |r: usize, m: usize| acc.add((r * rows + m) * K::LANES);
+        let lanes = |r: usize, m: usize| acc.add((m * R + r) * K::LANES);
         if !fresh {
             for m in 0..M {
                 for r in 0..R {
