@@ -1,6 +1,6 @@
 //! Golden files made by upstream bitsandbytes' portable path (`tests/golden/README.md` has the
-//! provenance and the few places where numerics differ on purpose). The instruction set is
-//! whatever `HALFBYTE_ISA` says; `make test` runs this file once for each.
+//! provenance and the few places where numerics differ on purpose), on every instruction set that
+//! this machine has.
 
 use halfbyte::checkpoint::{Checkpoint, TensorRef};
 use halfbyte::{
@@ -309,4 +309,28 @@ fn checkpoints_written_by_upstream_load_and_cross_back() {
         }
         std::fs::remove_file(path).unwrap();
     }
+}
+
+/// `HALFBYTE_ISA` is read once per process, so the other instruction sets get processes of their own.
+#[test]
+fn every_other_instruction_set_agrees() {
+    const THIS: &str = "every_other_instruction_set_agrees";
+    let run = |isa: &str| {
+        std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--skip", THIS])
+            .env("HALFBYTE_ISA", isa)
+            .output()
+            .unwrap()
+    };
+    for isa in halfbyte::isa::available() {
+        if isa != halfbyte::isa::selected().unwrap() {
+            let output = run(isa.name());
+            let text = String::from_utf8_lossy(&output.stdout);
+            assert!(output.status.success(), "HALFBYTE_ISA={isa}:\n{text}");
+            assert!(text.contains("6 passed"), "{text}");
+        }
+    }
+    let output = run("sse9");
+    assert!(!output.status.success());
+    assert!(String::from_utf8_lossy(&output.stdout).contains("HALFBYTE_ISA=\"sse9\" is not"));
 }
