@@ -9,6 +9,7 @@ use crate::{Error, Result};
 
 pub use code8::Code8;
 pub(crate) use code8::Kind;
+pub use maps::{dynamic_map, fp8_map, linear_map, normal_map};
 
 /// A 4-bit data type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

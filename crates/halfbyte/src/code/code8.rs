@@ -1,6 +1,6 @@
 //! An 8-bit code and the borders between its values.
 
-use super::maps::dynamic_values;
+use super::maps::default_dynamic_map;
 use crate::{Error, Result};
 use std::sync::OnceLock;
 
@@ -57,20 +57,20 @@ impl Code8 {
         } else {
             Kind::Other
         };
-        Ok(Self::from_ascending(*values, kind))
+        Ok(Self::from_ascending(values, kind))
     }
 
-    fn from_ascending(values: [f32; 256], kind: Kind) -> Self {
+    fn from_ascending(values: &[f32; 256], kind: Kind) -> Self {
         let midpoints = std::array::from_fn(|i| midpoint(values[i], values[i + 1]));
         let mut tree = [0.0; 256]; // entry 0 is not used
         for level in 0..8 {
             for prefix in 0..1 << level {
                 // The tree's node splits the range of 2^(8 - level) indices that share `prefix`.
-                let last_of_lower_half = (2 * prefix + 1 << 7 - level) - 1;
+                let last_of_lower_half = ((2 * prefix + 1) << (7 - level)) - 1;
                 tree[(1 << level) + prefix] = midpoints[last_of_lower_half];
             }
         }
-        Self { values, midpoints, tree, kind }
+        Self { values: *values, midpoints, tree, kind }
     }
 
     /// The dynamic-tree map: signed for weights and first moments, unsigned for second moments
@@ -79,12 +79,12 @@ impl Code8 {
     pub fn dynamic(signed: bool) -> &'static Self {
         static SIGNED: OnceLock<Code8> = OnceLock::new();
         static UNSIGNED: OnceLock<Code8> = OnceLock::new();
-        if signed {
-            SIGNED.get_or_init(|| Self::from_ascending(dynamic_values(true), Kind::DynamicSigned))
+        let (cell, kind) = if signed {
+            (&SIGNED, Kind::DynamicSigned)
         } else {
-            UNSIGNED
-                .get_or_init(|| Self::from_ascending(dynamic_values(false), Kind::DynamicUnsigned))
-        }
+            (&UNSIGNED, Kind::DynamicUnsigned)
+        };
+        cell.get_or_init(|| Self::from_ascending(&default_dynamic_map(signed), kind))
     }
 
     /// The value of each index.
@@ -156,7 +156,7 @@ mod tests {
 
     #[test]
     fn the_tree_finds_every_index() {
-        let code = Code8::new(&maps::linear_map(true, 8, true)).unwrap();
+        let code = Code8::new(&maps::linear_map(true, 8, true).unwrap()).unwrap();
         for i in 0..256 {
             let y = code.values()[i];
             let mut h = 1;

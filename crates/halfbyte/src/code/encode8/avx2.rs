@@ -2,6 +2,7 @@
 
 use super::{DOUBT, DynamicTables, FRACTION, PIECE_SHIFT, STEEP, piece};
 use crate::Code8;
+#[allow(clippy::wildcard_imports)] // the instruction set
 use std::arch::x86_64::*;
 
 /// Encodes groups of 32 elements.

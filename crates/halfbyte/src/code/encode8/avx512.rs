@@ -2,6 +2,7 @@
 
 use super::{DOUBT, DynamicTables, FRACTION, PIECE_SHIFT, STEEP, piece};
 use crate::Code8;
+#[allow(clippy::wildcard_imports)] // the instruction set
 use std::arch::x86_64::*;
 
 /// Encodes groups of 64 elements.
@@ -46,6 +47,9 @@ pub(crate) struct Search512 {
     /// `tree[16 * i..]`: levels 0-4 in the first two, level 5 in the next two, level 6 in four,
     /// level 7 in eight.
     tree: [__m512; 16],
+    /// 1, which the compiler does not know: of a known 1 it makes three instructions in place of
+    /// one masked one.
+    one: __m512i,
 }
 
 impl Search512 {
@@ -55,7 +59,7 @@ impl Search512 {
         let tree = code.tree();
         // SAFETY: the tree holds 256 = 16 * 16 entries.
         let row = |i: usize| unsafe { _mm512_loadu_ps(tree.as_ptr().add(16 * i)) };
-        Self { tree: std::array::from_fn(row) }
+        Self { tree: std::array::from_fn(row), one: std::hint::black_box(_mm512_set1_epi32(1)) }
     }
 
     /// As [`Encode64::encode64`], one vector of 16 and its indices in 32-bit lanes.
@@ -66,7 +70,7 @@ impl Search512 {
         let descend = |h: __m512i, border: __m512| {
             let above = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(y, border);
             let child = _mm512_add_epi32(h, h);
-            _mm512_mask_or_epi32(child, above, child, _mm512_set1_epi32(1))
+            _mm512_mask_or_epi32(child, above, child, self.one)
         };
         let bit = |h: __m512i, i: u32| _mm512_test_epi32_mask(h, _mm512_set1_epi32(1 << i));
         let pick = |h: __m512i, i: usize| _mm512_permutex2var_ps(t[i], h, t[i + 1]);

@@ -49,7 +49,7 @@ const FRACTION: u32 = 15;
 const DOUBT: i32 = 0x7FFF & !(DOUBT_WIDTH as i32 - 1);
 /// ... of an interval this wide around each whole number, in units of 2^-15. Measured over all
 /// borders, the arithmetic is off by less than 4 units.
-const DOUBT_WIDTH: u32 = 8;
+const DOUBT_WIDTH: u32 = 4;
 /// The slope of the lengthened line (1), in terms of the decade's own.
 const STEEP: f32 = 1.375;
 

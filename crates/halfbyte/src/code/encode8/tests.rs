@@ -4,8 +4,8 @@ use crate::isa::{self, Isa};
 use crate::{Code8, threads};
 use proptest::prelude::*;
 
-/// What the kernels use for `code` on `isa`, in groups of 64: the lanes of group `g` are the floats
-/// with bits `bits(g)..bits(g) + 64`, or those of `lanes`; `check` gets the indices.
+/// Encodes groups of 64 floats, given by their bits, with what the kernels use for `code` on `isa`;
+/// `check` gets the indices of each group.
 fn run(
     isa: Isa,
     code: &Code8,
@@ -14,9 +14,10 @@ fn run(
     check: impl FnMut(u32, &[u8; 64]),
 ) {
     match isa {
-        // SAFETY (both): `isa` comes from `available()`.
+        // SAFETY: `isa` comes from `available()`.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 => unsafe { x86::run512(code, groups, lanes, check) },
+        // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => unsafe { x86::run256(code, groups, lanes, check) },
         _ => {
@@ -33,6 +34,7 @@ mod x86 {
     use super::{Code8, Kind};
     use crate::code::encode8::avx2::{Dynamic256, Encode32, Search256};
     use crate::code::encode8::avx512::{Dynamic512, Encode64, Search512};
+    #[allow(clippy::wildcard_imports)] // the instruction set
     use std::arch::x86_64::*;
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
@@ -169,7 +171,7 @@ fn codes() -> Vec<Code8> {
         std::array::from_fn(|i| -1e30 * 0.5f32.powi(i as i32)),
         std::array::from_fn(|i| if i < 128 { -1.0 } else { 1.0 }),
     ];
-    tables.push(maps::linear_map(true, 8, true));
+    tables.push(maps::linear_map(true, 8, true).unwrap());
     tables.iter().map(|table| Code8::new(table).unwrap()).collect()
 }
 

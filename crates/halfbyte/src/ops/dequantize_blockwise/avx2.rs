@@ -10,6 +10,7 @@
 use super::scalar;
 use crate::Element;
 use crate::blocks::BlockSize;
+#[allow(clippy::wildcard_imports)] // the instruction set
 use std::arch::x86_64::*;
 
 #[target_feature(enable = "avx2,fma,f16c")]

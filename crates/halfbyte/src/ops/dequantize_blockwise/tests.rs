@@ -85,8 +85,8 @@ fn wrong_lengths_are_refused() {
         (65, 3, Some("absmax")),
         (65, 2, None),
     ] {
-        let (q, absmax) = (vec![0; q], vec![0.0; absmax]);
-        let result = dequantize_blockwise(&q, &absmax, code, BlockSize::B64, &mut [0.0f32; 65]);
+        let (q, absmax, mut out) = (&[0; 66][..q], &[0.0; 3][..absmax], [0.0f32; 65]);
+        let result = dequantize_blockwise(q, absmax, code, BlockSize::B64, &mut out);
         match (result, name) {
             (Ok(()), None) => {}
             (Err(Error::Length { buffer, .. }), Some(name)) => assert_eq!(buffer, name),
@@ -98,7 +98,7 @@ fn wrong_lengths_are_refused() {
 proptest! {
     #[test]
     fn any_scale_equals_scalar(q in prop::collection::vec(any::<u8>(), 1..200), scale: u32) {
-        let absmax = vec![f32::from_bits(scale); 7];
+        let absmax = [f32::from_bits(scale); 7];
         let b = BlockSize::new(32).unwrap();
         let absmax = &absmax[..b.over(q.len()).count()];
         for isa in isa::available() {

@@ -17,6 +17,7 @@ use crate::blocks::BlockSize;
 use crate::code::encode8::avx2::{Dynamic256, Encode32, Search256};
 use crate::code::{Code8, Kind};
 use crate::ops::normalize::Normalizer;
+#[allow(clippy::wildcard_imports)] // the instruction set
 use std::arch::x86_64::*;
 
 #[target_feature(enable = "avx2,fma,f16c")]

@@ -17,6 +17,7 @@ use crate::blocks::BlockSize;
 use crate::code::encode8::avx512::{Dynamic512, Encode64, Search512};
 use crate::code::{Code8, Kind};
 use crate::ops::normalize::Normalizer;
+#[allow(clippy::wildcard_imports)] // the instruction set
 use std::arch::x86_64::*;
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
@@ -72,30 +73,33 @@ fn blocks<T: Element>(
         }
         let reciprocal = if *scale == 0.0 { 0.0 } else { 1.0 / *scale };
         let reciprocal = _mm512_set1_ps(reciprocal);
-        let (x, x_tail) = x.as_chunks::<64>();
-        let (q, q_tail) = q.as_chunks_mut::<64>();
-        for (x, q) in x.iter().zip(q) {
-            let y = load64(x).map(|x| _mm512_mul_ps(x, reciprocal));
-            // SAFETY: this function requires the encoder's CPU features; q holds 64 bytes.
-            unsafe { _mm512_storeu_si512(q.as_mut_ptr().cast(), encoder.encode64(y)) };
-        }
-        if !x_tail.is_empty() {
-            let mut x = [T::default(); 64];
-            x[..x_tail.len()].copy_from_slice(x_tail);
-            let y = load64(&x).map(|x| _mm512_mul_ps(x, reciprocal));
-            let mut q = [0u8; 64];
-            // SAFETY: as above.
-            unsafe { _mm512_storeu_si512(q.as_mut_ptr().cast(), encoder.encode64(y)) };
-            q_tail.copy_from_slice(&q[..q_tail.len()]);
+        for (x, q) in x.chunks(64).zip(q.chunks_mut(64)) {
+            let y = load(x).map(|x| _mm512_mul_ps(x, reciprocal));
+            // SAFETY: this function requires the encoder's CPU features; the mask selects the
+            // bytes of q.
+            unsafe {
+                let lanes = u64::MAX >> (64 - q.len());
+                _mm512_mask_storeu_epi8(q.as_mut_ptr().cast(), lanes, encoder.encode64(y));
+            }
         }
     }
 }
 
+/// Up to 64 elements, filled up with zeros.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-fn load64<T: Element>(x: &[T; 64]) -> [__m512; 4] {
-    // SAFETY: 16 elements from 0, 16, 32 and 48 on lie inside the array.
-    std::array::from_fn(|i| unsafe { T::load16(x.as_ptr().add(16 * i)) })
+fn load<T: Element>(x: &[T]) -> [__m512; 4] {
+    std::array::from_fn(|i| match x.get(16 * i..) {
+        // SAFETY: there are 16 elements to read.
+        Some(rest) if rest.len() >= 16 => unsafe { T::load16(rest.as_ptr()) },
+        Some(rest) if !rest.is_empty() => {
+            let mut filled = [T::default(); 16];
+            filled[..rest.len()].copy_from_slice(rest);
+            // SAFETY: as above.
+            unsafe { T::load16(filled.as_ptr()) }
+        }
+        _ => _mm512_setzero_ps(),
+    })
 }
 
 /// `absmax` of a block, equal to [`normalize::absmax`](crate::ops::normalize::absmax).
@@ -103,18 +107,11 @@ fn load64<T: Element>(x: &[T; 64]) -> [__m512; 4] {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
 fn largest<T: Element>(x: &[T]) -> f32 {
     let mut max = [_mm512_setzero_si512(); 4];
-    let mut take = |x: &[T; 64]| {
-        for (max, x) in max.iter_mut().zip(load64(x)) {
+    for x in x.chunks(64) {
+        for (max, x) in max.iter_mut().zip(load(x)) {
             let bits = _mm512_castps_si512(x);
             *max = _mm512_max_epu32(*max, _mm512_add_epi32(bits, bits));
         }
-    };
-    let (groups, tail) = x.as_chunks::<64>();
-    groups.iter().for_each(&mut take);
-    if !tail.is_empty() {
-        let mut x = [T::default(); 64];
-        x[..tail.len()].copy_from_slice(tail);
-        take(&x);
     }
     let max = _mm512_max_epu32(_mm512_max_epu32(max[0], max[1]), _mm512_max_epu32(max[2], max[3]));
     f32::from_bits(_mm512_reduce_max_epu32(max) / 2)

@@ -46,9 +46,9 @@ pub fn quantize_blockwise<T: Element>(
 }
 
 /// Quantizes whole blocks (the last may be short).
-type Kernel<T> = unsafe fn(&[T], &Code8, BlockSize, &mut [u8], &mut [f32]);
+pub(super) type Kernel<T> = unsafe fn(&[T], &Code8, BlockSize, &mut [u8], &mut [f32]);
 
-fn kernel<T: Element>(isa: Isa) -> Kernel<T> {
+pub(super) fn kernel<T: Element>(isa: Isa) -> Kernel<T> {
     match isa {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 => avx512::quantize::<T>,

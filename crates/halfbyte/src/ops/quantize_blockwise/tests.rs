@@ -24,7 +24,7 @@ fn sample<T: Element>(len: usize, seed: u64) -> Vec<T> {
             5 => normal * 1e-42,
             6 => -0.0,
             7 => normal * 1e4,
-            9 if i % 5 > 0 => normal * 1e-5,
+            9 if !i.is_multiple_of(5) => normal * 1e-5,
             _ => normal,
         }
     };
