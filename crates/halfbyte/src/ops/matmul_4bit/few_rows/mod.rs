@@ -63,8 +63,7 @@ const TILE: usize = 1024;
 /// Activations of a tile, all rows': half of the first-level cache, which holds the weight's tile
 /// and the running sums besides.
 const TILE_FLOATS: usize = 6144;
-/// Codes of a weight row per step of the direct way, where scales are spread: those of two rows
-/// stay in the first-level cache.
+/// Activations of a stretch of the direct way, all rows': less than the first-level cache.
 const SEGMENT: usize = 8192;
 /// Tables of second-level blocks that are kept; a power of two.
 const TABLES: usize = 4;
@@ -139,6 +138,12 @@ trait Kernel: Sized {
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
     /// The sum of all lanes.
     unsafe fn sum(v: Self::V) -> f32;
+    /// The sums of all lanes of four vectors, each as any other time.
+    unsafe fn sum4(v: [Self::V; 4]) -> [f32; 4] {
+        let [a, b, c, d] = v;
+        // SAFETY: the caller's promise.
+        unsafe { [Self::sum(a), Self::sum(b), Self::sum(c), Self::sum(d)] }
+    }
     /// Fetches a line of the packed weight ahead of its use. Any address will do.
     unsafe fn prefetch(at: *const u8);
     /// `LANES` elements as float32.
@@ -375,7 +380,8 @@ impl Product<'_> {
         }
     }
 
-    /// Liberty 3, first way: a pair of weight rows at a time.
+    /// Liberty 3, first way: a pair of weight rows at a time, over a stretch of codes for which the
+    /// activations fit the first-level cache.
     ///
     /// # Safety
     /// As for [`block`](Self::block); `M` is the number of rows and `in_features` a multiple of 8.
@@ -386,65 +392,88 @@ impl Product<'_> {
         features: Range<usize>,
         sums: &mut Sums,
     ) {
-        let mut o = features.start;
-        while o < features.end {
-            let at = o - features.start;
-            // SAFETY: the caller's promises.
-            unsafe {
-                if o + 2 <= features.end {
-                    self.direct_rows::<K, M, 2>(scales, o, at, sums);
-                    o += 2;
-                } else {
-                    self.direct_rows::<K, M, 1>(scales, o, at, sums);
-                    o += 1;
+        let k = self.weight.in_features;
+        let segment = SEGMENT / M / 128 * 128;
+        // The sums so far of each feature, `M` vectors of at most 16 lanes.
+        let mut acc = Buffer::<{ 4 * BLOCK * 16 }>::new();
+        let acc = acc.ptr();
+        // SAFETY: the caller's promises; `acc` has room for `M <= 4` vectors for each feature.
+        unsafe {
+            for i in 0..features.len() * M {
+                K::store(acc.add(i * K::LANES), K::zero());
+            }
+            for start in (0..k).step_by(segment) {
+                let codes = start..k.min(start + segment);
+                scales.rewind();
+                let mut o = features.start;
+                while o < features.end {
+                    let acc = acc.add((o - features.start) * M * K::LANES);
+                    if o + 2 <= features.end {
+                        self.direct_rows::<K, M, 2>(scales, o, codes.clone(), acc);
+                        o += 2;
+                    } else {
+                        self.direct_rows::<K, M, 1>(scales, o, codes.clone(), acc);
+                        o += 1;
+                    }
+                }
+            }
+            for i in 0..features.len() {
+                for m in 0..M {
+                    sums.0[m][i] = K::sum(K::load(acc.add((i * M + m) * K::LANES)));
                 }
             }
         }
     }
 
     /// # Safety
-    /// As for [`direct`](Self::direct), for the weight rows `o..o + R`.
+    /// As for [`direct`](Self::direct), for `codes` of the weight rows `o..o + R`, which start at a
+    /// group and are at most `SEGMENT`; `sums` has `M` vectors for each weight row.
     #[inline(always)]
     unsafe fn direct_rows<K: Kernel, const M: usize, const R: usize>(
         &self,
         scales: &mut ScaleReader<'_>,
         o: usize,
-        at: usize,
-        sums: &mut Sums,
+        codes: Range<usize>,
+        sums: *mut f32,
     ) {
         let k = self.weight.in_features;
+        let first = o * k + codes.start; // in the flattened weight
         // SAFETY: the caller's promises; each way's scales are those of the rows' codes.
         unsafe {
             let mut acc = [[K::zero(); R]; M];
+            let lanes = |r: usize, m: usize| sums.add((r * M + m) * K::LANES);
+            for m in 0..M {
+                for r in 0..R {
+                    acc[m][r] = K::load(lanes(r, m));
+                }
+            }
             match scales.way {
                 Way::Halves(absmax) => {
-                    let halves = Halves { scales: absmax[o * k / 64..].as_ptr(), stride: k / 64 };
-                    self.direct_codes::<K, M, R, _>(o, 0..k, halves, &mut acc);
+                    let halves = Halves { scales: absmax[first / 64..].as_ptr(), stride: k / 64 };
+                    self.direct_codes::<K, M, R, _>(o, codes, halves, &mut acc);
                 }
                 Way::Tabulated(nested) => {
-                    let first = o * k / 64;
-                    let indices = &nested.absmax[first..first + R * k / 64];
+                    let stride = k / 64;
+                    let first = first / 64;
+                    let indices = &nested.absmax[first..][..(R - 1) * stride + codes.len() / 64];
                     let tables = scales.tabulate(nested, first..first + indices.len());
                     let indices = indices.as_ptr();
-                    let tabulated = Tabulated { indices, first, stride: k / 64, tables };
-                    self.direct_codes::<K, M, R, _>(o, 0..k, tabulated, &mut acc);
+                    let tabulated = Tabulated { indices, first, stride, tables };
+                    self.direct_codes::<K, M, R, _>(o, codes, tabulated, &mut acc);
                 }
                 Way::Units => {
                     let mut units = Buffer::<{ 2 * SEGMENT / UNIT }>::new();
-                    for start in (0..k).step_by(SEGMENT) {
-                        let codes = start..k.min(start + SEGMENT);
-                        for r in 0..R {
-                            let units = units.part(r * (SEGMENT / UNIT), codes.len() / UNIT);
-                            scales.fill_units::<K>((o + r) * k + start, units);
-                        }
-                        let units = Units { scales: units.ptr(), stride: SEGMENT / UNIT };
-                        self.direct_codes::<K, M, R, _>(o, codes, units, &mut acc);
+                    for r in 0..R {
+                        let units = units.part(r * (SEGMENT / UNIT), codes.len() / UNIT);
+                        scales.fill_units::<K>(first + r * k, units);
                     }
+                    let units = Units { scales: units.ptr(), stride: SEGMENT / UNIT };
+                    self.direct_codes::<K, M, R, _>(o, codes, units, &mut acc);
                 }
             }
             for m in 0..M {
                 for r in 0..R {
-                    sums.0[m][at + r] = K::sum(acc[m][r]);
+                    K::store(lanes(r, m), acc[m][r]);
                 }
             }
         }
@@ -469,12 +498,14 @@ impl Product<'_> {
             let packed = self.weight.packed.as_ptr().add((o * k + codes.start) / 2);
             let x = self.x.add(self.layout.at(0, codes.start / K::GROUP));
             let rows = Rows::<K, S> { table, packed, row_bytes: k / 2, x, scales };
-            // Three bytes past a group are the row's, but for its last group.
-            for g in 1..whole {
-                rows.group::<M, R, true>(g - 1, acc);
+            // Groups with 3 bytes after them, in the last of the rows.
+            let readable = self.weight.packed.len() - ((o + R - 1) * k + codes.start) / 2;
+            let inner = whole.min(readable.saturating_sub(3) / (K::GROUP / 2));
+            for g in 0..inner {
+                rows.group::<M, R, true>(g, acc);
             }
-            if whole > 0 {
-                rows.group::<M, R, false>(whole - 1, acc);
+            for g in inner..whole {
+                rows.group::<M, R, false>(g, acc);
             }
             if rest > 0 {
                 // Copies padded with zeros, codes and scales, meet zeros in `x`.
@@ -580,11 +611,15 @@ impl Product<'_> {
                     }
                 }
             }
-            for i in 0..features.len() {
-                for m in 0..rows {
-                    let r = i % K::WEIGHT_ROWS;
-                    let lanes = acc.add(lanes(i - r, m) + r * K::LANES);
-                    sums.0[m][i] = K::sum(K::load(lanes));
+            for m in 0..rows {
+                for (i, sums) in sums.0[m].as_chunks_mut::<4>().0.iter_mut().enumerate() {
+                    let mut four = [K::zero(); 4];
+                    for (j, v) in four.iter_mut().enumerate() {
+                        let i = (i * 4 + j).min(padded - 1);
+                        let r = i % K::WEIGHT_ROWS;
+                        *v = K::load(acc.add(lanes(i - r, m) + r * K::LANES));
+                    }
+                    *sums = K::sum4(four);
                 }
             }
         }
@@ -609,28 +644,31 @@ impl Product<'_> {
         let start = o * weight.in_features + codes.start; // in the flattened weight
         let len = codes.len();
         let (whole, rest) = (len / K::GROUP, len % K::GROUP);
-        let bytes = &weight.packed[start / 2..(start + len).div_ceil(2)];
+        let bytes = &weight.packed[start / 2..];
         let mut shifted = [MaybeUninit::uninit(); TILE / 2];
         let bytes = if start % 2 == 0 { bytes } else { shift(bytes, len, &mut shifted) };
         // SAFETY: per step below.
         unsafe {
             let table = K::table(weight.table);
             let stride = K::WEIGHT_ROWS * K::LANES;
-            let packed = bytes.as_ptr();
-            for g in 0..whole {
-                let packed = packed.add(g * K::GROUP / 2);
+            let group = |g: usize| {
+                let packed = bytes.as_ptr().add(g * K::GROUP / 2);
                 K::prefetch(packed.wrapping_add(K::WEIGHT_ROWS * weight.in_features / 2));
-                let to = to.add(g * GROUP_VECTORS * stride);
-                // Three bytes past a group are the next group's.
-                if g + 1 < whole {
-                    decode_group::<K, S, true>(table, packed, scales, g, to);
-                } else {
-                    decode_group::<K, S, false>(table, packed, scales, g, to);
-                }
+                (packed, to.add(g * GROUP_VECTORS * stride))
+            };
+            // Groups with 3 bytes after them.
+            let inner = whole.min(bytes.len().saturating_sub(3) / (K::GROUP / 2));
+            for g in 0..inner {
+                let (packed, to) = group(g);
+                decode_group::<K, S, true>(table, packed, scales, g, to);
+            }
+            for g in inner..whole {
+                let (packed, to) = group(g);
+                decode_group::<K, S, false>(table, packed, scales, g, to);
             }
             if rest > 0 {
                 let mut padded = [0u8; 64];
-                let bytes = &bytes[whole * K::GROUP / 2..];
+                let bytes = &bytes[whole * K::GROUP / 2..len.div_ceil(2)];
                 padded[..bytes.len()].copy_from_slice(bytes);
                 let mut units = [0.0f32; 16];
                 for (i, unit) in units.iter_mut().take(rest.div_ceil(UNIT)).enumerate() {
@@ -673,7 +711,7 @@ fn shift<'a>(bytes: &[u8], len: usize, to: &'a mut [MaybeUninit<u8>; TILE / 2]) 
     for ((to, a), b) in to.iter_mut().zip(bytes).zip(next) {
         to.write(a << 4 | b >> 4);
     }
-    // SAFETY: all written: `bytes` has as many bytes or one more.
+    // SAFETY: all written: `bytes` has at least as many bytes.
     unsafe { to.assume_init_ref() }
 }
 
@@ -982,7 +1020,7 @@ enum Way<'a> {
     Units,
 }
 
-/// Reads the scales of the blocks that a task comes to, in ascending order.
+/// Reads the scales of the blocks that a task comes to; ascending, where they are tabulated.
 struct ScaleReader<'a> {
     scales: Scales<'a>,
     way: Way<'a>,
@@ -1010,6 +1048,12 @@ impl<'a> ScaleReader<'a> {
         };
         let tables = [0.0; TABLES * 256];
         Self { scales: weight.scales, way, block, tabulated: 0, tables }
+    }
+
+    /// Starts over from the first scale.
+    #[inline(always)]
+    const fn rewind(&mut self) {
+        self.tabulated = 0;
     }
 
     /// Makes sure of the tables for the scales `range`, which spans at most `TABLES` second-level
