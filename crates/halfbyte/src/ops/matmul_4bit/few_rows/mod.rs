@@ -417,9 +417,15 @@ impl Product<'_> {
                     }
                 }
             }
-            for i in 0..features.len() {
-                for m in 0..M {
-                    sums.0[m][i] = K::sum(K::load(acc.add((i * M + m) * K::LANES)));
+            for m in 0..M {
+                let fours = features.len().div_ceil(4);
+                for (i, sums) in sums.0[m].as_chunks_mut::<4>().0[..fours].iter_mut().enumerate() {
+                    let mut four = [K::zero(); 4];
+                    for (j, v) in four.iter_mut().enumerate() {
+                        let i = (i * 4 + j).min(features.len() - 1);
+                        *v = K::load(acc.add((i * M + m) * K::LANES));
+                    }
+                    *sums = K::sum4(four);
                 }
             }
         }
@@ -588,18 +594,12 @@ impl Product<'_> {
                     }
                 };
                 for i in (0..padded).step_by(K::WEIGHT_ROWS) {
-                    for r in 0..K::WEIGHT_ROWS {
-                        // Past the block's end its last row stands in; the sums go unread.
-                        let i = (i + r).min(features.len() - 1);
-                        let o = features.start + i;
-                        let tile = tile.add(r * K::LANES);
-                        match scaling {
-                            TileScales::Units(units) => {
-                                self.decode::<K, _>(o, codes.clone(), units.row(i), tile);
-                            }
-                            TileScales::Halves(halves) => {
-                                self.decode::<K, _>(o, codes.clone(), halves.row(i), tile);
-                            }
+                    match scaling {
+                        TileScales::Units(scales) => {
+                            self.decode::<K, _>(&features, i, codes.clone(), scales, tile);
+                        }
+                        TileScales::Halves(scales) => {
+                            self.decode::<K, _>(&features, i, codes.clone(), scales, tile);
                         }
                     }
                     for m in (0..rows).step_by(self.layout.batch) {
@@ -612,7 +612,8 @@ impl Product<'_> {
                 }
             }
             for m in 0..rows {
-                for (i, sums) in sums.0[m].as_chunks_mut::<4>().0.iter_mut().enumerate() {
+                let fours = features.len().div_ceil(4);
+                for (i, sums) in sums.0[m].as_chunks_mut::<4>().0[..fours].iter_mut().enumerate() {
                     let mut four = [K::zero(); 4];
                     for (j, v) in four.iter_mut().enumerate() {
                         let i = (i * 4 + j).min(padded - 1);
@@ -625,80 +626,109 @@ impl Product<'_> {
         }
     }
 
-    /// Decodes `codes` of weight row `o`, scales applied: vector `v` goes to
-    /// `to + v * WEIGHT_ROWS * LANES`.
+    /// Decodes `codes` of `WEIGHT_ROWS` of the `features` from number `i` on, scales applied, to a
+    /// tile: vector by vector, and row by row within.
     ///
     /// # Safety
-    /// As for [`block`](Self::block); `codes` starts at a group and is no longer than `TILE`;
-    /// `scales` has its scales in row 0; `to` has room for `WEIGHT_ROWS` rows of its groups,
-    /// counted from the first row's start.
+    /// As for [`block`](Self::block); `codes` starts at a group and is no longer than `TILE`; row
+    /// `i` of `scales` has the scales of feature `i`; `tile` has room.
     #[inline(always)]
     unsafe fn decode<K: Kernel, S: Scaling>(
         &self,
-        o: usize,
+        features: &Range<usize>,
+        i: usize,
         codes: Range<usize>,
         scales: S,
-        to: *mut f32,
+        tile: *mut f32,
     ) {
         let weight = self.weight;
-        let start = o * weight.in_features + codes.start; // in the flattened weight
         let len = codes.len();
         let (whole, rest) = (len / K::GROUP, len % K::GROUP);
-        let bytes = &weight.packed[start / 2..];
-        let mut shifted = [MaybeUninit::uninit(); TILE / 2];
-        let bytes = if start % 2 == 0 { bytes } else { shift(bytes, len, &mut shifted) };
+        let group_floats = GROUP_VECTORS * K::WEIGHT_ROWS * K::LANES;
+        let mut shifted = [[MaybeUninit::uninit(); TILE / 2]; 4];
+        // For each row: its number among the features, its start in the flattened weight, its
+        // bytes. Past the end the last feature stands in; the sums go unread.
+        let mut rows: [(usize, usize, &[u8]); 4] = [(0, 0, &[]); 4];
+        // Groups with 3 bytes after them in every row.
+        let mut inner = whole;
+        for (r, (row, shifted)) in rows.iter_mut().zip(&mut shifted).enumerate() {
+            if r < K::WEIGHT_ROWS {
+                let i = (i + r).min(features.len() - 1);
+                let start = (features.start + i) * weight.in_features + codes.start;
+                let bytes = &weight.packed[start / 2..];
+                let bytes = if start % 2 == 0 { bytes } else { shift(bytes, len, shifted) };
+                *row = (i, start, bytes);
+                inner = inner.min(bytes.len().saturating_sub(3) / (K::GROUP / 2));
+            }
+        }
         // SAFETY: per step below.
         unsafe {
             let table = K::table(weight.table);
-            let stride = K::WEIGHT_ROWS * K::LANES;
-            let group = |g: usize| {
-                let packed = bytes.as_ptr().add(g * K::GROUP / 2);
-                K::prefetch(packed.wrapping_add(K::WEIGHT_ROWS * weight.in_features / 2));
-                (packed, to.add(g * GROUP_VECTORS * stride))
-            };
-            // Groups with 3 bytes after them.
-            let inner = whole.min(bytes.len().saturating_sub(3) / (K::GROUP / 2));
             for g in 0..inner {
-                let (packed, to) = group(g);
-                decode_group::<K, S, true>(table, packed, scales, g, to);
-            }
-            for g in inner..whole {
-                let (packed, to) = group(g);
-                decode_group::<K, S, false>(table, packed, scales, g, to);
-            }
-            if rest > 0 {
-                let mut padded = [0u8; 64];
-                let bytes = &bytes[whole * K::GROUP / 2..len.div_ceil(2)];
-                padded[..bytes.len()].copy_from_slice(bytes);
-                let mut units = [0.0f32; 16];
-                for (i, unit) in units.iter_mut().take(rest.div_ceil(UNIT)).enumerate() {
-                    *unit = scales.unit(0, whole * K::LANES + i);
+                for (r, &(i, _, bytes)) in rows.iter().enumerate().take(K::WEIGHT_ROWS) {
+                    let packed = bytes.as_ptr().add(g * K::GROUP / 2);
+                    K::prefetch(packed.wrapping_add(K::WEIGHT_ROWS * weight.in_features / 2));
+                    let to = tile.add(g * group_floats + r * K::LANES);
+                    decode_group::<K, S, true>(table, packed, scales, (i, g), to);
                 }
-                let units = Units { scales: units.as_ptr(), stride: 0 };
-                let to = to.add(whole * GROUP_VECTORS * stride);
-                decode_group::<K, _, false>(table, padded.as_ptr(), units, 0, to);
-                for i in 0..K::GROUP {
-                    if K::CODE_AT[i] as usize >= rest {
-                        *to.add(i / K::LANES * stride + i % K::LANES) = 0.0;
+            }
+            for (r, &(i, start, bytes)) in rows.iter().enumerate().take(K::WEIGHT_ROWS) {
+                let tile = tile.add(r * K::LANES);
+                for g in inner..whole {
+                    let packed = bytes.as_ptr().add(g * K::GROUP / 2);
+                    let to = tile.add(g * group_floats);
+                    decode_group::<K, S, false>(table, packed, scales, (i, g), to);
+                }
+                if rest > 0 {
+                    let mut padded = [0u8; 64];
+                    let bytes = &bytes[whole * K::GROUP / 2..len.div_ceil(2)];
+                    padded[..bytes.len()].copy_from_slice(bytes);
+                    let mut units = [0.0f32; 16];
+                    for (u, unit) in units.iter_mut().take(rest.div_ceil(UNIT)).enumerate() {
+                        *unit = scales.unit(i, whole * K::LANES + u);
+                    }
+                    let units = Units { scales: units.as_ptr(), stride: 0 };
+                    let to = tile.add(whole * group_floats);
+                    decode_group::<K, _, false>(table, padded.as_ptr(), units, (0, 0), to);
+                    for i in 0..K::GROUP {
+                        if K::CODE_AT[i] as usize >= rest {
+                            let vector = i / K::LANES * K::WEIGHT_ROWS;
+                            *to.add(vector * K::LANES + i % K::LANES) = 0.0;
+                        }
                     }
                 }
-            }
-            if start % UNIT != 0 {
-                // Liberty 4: codes of a unit behind a border have the next block's scale.
-                let block = weight.blocks.blocksize().get();
-                for border in (start.next_multiple_of(block)..start + len).step_by(block) {
-                    let first = border - start;
-                    let mut scale = [0.0];
-                    weight.scales.decode(border / block, &mut scale);
-                    for code in first..first.next_multiple_of(UNIT).min(len) {
-                        let byte = bytes[code / 2];
-                        let q = if code % 2 == 0 { byte >> 4 } else { byte & 0x0F };
-                        let i = position::<K>(code % K::GROUP);
-                        let vector = code / K::GROUP * GROUP_VECTORS + i / K::LANES;
-                        *to.add(vector * stride + i % K::LANES) =
-                            weight.table[q as usize] * scale[0];
-                    }
+                if start % UNIT != 0 {
+                    self.decode_borders::<K>(start, len, bytes, tile);
                 }
+            }
+        }
+    }
+
+    /// Liberty 4: codes of a unit behind a border have the next block's scale.
+    ///
+    /// # Safety
+    /// `tile` is a row of `len` codes from `start` on in the flattened weight, which are `bytes`.
+    unsafe fn decode_borders<K: Kernel>(
+        &self,
+        start: usize,
+        len: usize,
+        bytes: &[u8],
+        tile: *mut f32,
+    ) {
+        let weight = self.weight;
+        let block = weight.blocks.blocksize().get();
+        for border in (start.next_multiple_of(block)..start + len).step_by(block) {
+            let first = border - start;
+            let mut scale = [0.0];
+            weight.scales.decode(border / block, &mut scale);
+            for code in first..first.next_multiple_of(UNIT).min(len) {
+                let byte = bytes[code / 2];
+                let q = if code % 2 == 0 { byte >> 4 } else { byte & 0x0F };
+                let i = position::<K>(code % K::GROUP);
+                let vector = code / K::GROUP * GROUP_VECTORS + i / K::LANES;
+                let at = vector * K::WEIGHT_ROWS * K::LANES + i % K::LANES;
+                // SAFETY: `code` is in the row.
+                unsafe { *tile.add(at) = weight.table[q as usize] * scale[0] };
             }
         }
     }
@@ -754,16 +784,6 @@ struct Units {
     stride: usize,
 }
 
-impl Units {
-    /// # Safety
-    /// The row exists.
-    #[inline(always)]
-    unsafe fn row(self, row: usize) -> Self {
-        // SAFETY: the caller's promise.
-        Self { scales: unsafe { self.scales.add(row * self.stride) }, ..self }
-    }
-}
-
 impl Scaling for Units {
     #[inline(always)]
     unsafe fn unit(self, row: usize, unit: usize) -> f32 {
@@ -786,16 +806,6 @@ impl Scaling for Units {
 struct Halves {
     scales: *const f32,
     stride: usize,
-}
-
-impl Halves {
-    /// # Safety
-    /// The row exists.
-    #[inline(always)]
-    unsafe fn row(self, row: usize) -> Self {
-        // SAFETY: the caller's promise.
-        Self { scales: unsafe { self.scales.add(row * self.stride) }, ..self }
-    }
 }
 
 impl Scaling for Halves {
@@ -913,7 +923,7 @@ enum TileScales {
     Halves(Halves),
 }
 
-/// Decodes group `g` of a tile's row, whose scales are row 0 of `scales`.
+/// Decodes a group of a tile's row, whose scales are at a row and group of `scales`.
 ///
 /// # Safety
 /// As for [`Kernel`]; `packed` has the group (and 3 bytes more, if `PAST_END`), `to` room for its
@@ -923,14 +933,14 @@ unsafe fn decode_group<K: Kernel, S: Scaling, const PAST_END: bool>(
     table: K::Table,
     packed: *const u8,
     scales: S,
-    g: usize,
+    (row, group): (usize, usize),
     to: *mut f32,
 ) {
     // SAFETY: the caller's promises.
     unsafe {
         let codes = K::read::<PAST_END>(table, packed);
         for v in 0..GROUP_VECTORS {
-            let scale = scales.vector::<K>(0, g, v * S::count::<K>() / GROUP_VECTORS);
+            let scale = scales.vector::<K>(row, group, v * S::count::<K>() / GROUP_VECTORS);
             let w = K::mul(K::vector(table, &codes, v), scale);
             K::store(to.add(v * K::WEIGHT_ROWS * K::LANES), w);
         }
