@@ -110,7 +110,28 @@ impl Kernel for Avx512 {
     #[inline(always)]
     unsafe fn sum(v: __m512) -> f32 {
         // SAFETY: see `zero`.
-        unsafe { _mm512_reduce_add_ps(v) }
+        unsafe {
+            let [a, ..] = Self::sum4([v; 4]);
+            a
+        }
+    }
+    #[inline(always)]
+    unsafe fn sum4([a, b, c, d]: [__m512; 4]) -> [f32; 4] {
+        let mut sums = [0.0; 4];
+        // SAFETY: see `zero`; 4 floats.
+        unsafe {
+            // Each quarter: a, b, a, b, half summed; then a, b, c, d, summed; then the quarters.
+            let ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+            let cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+            let low = _mm512_shuffle_ps::<0b01_00_01_00>(ab, cd);
+            let high = _mm512_shuffle_ps::<0b11_10_11_10>(ab, cd);
+            let all = _mm512_add_ps(low, high);
+            let half = _mm512_extractf32x8_ps::<1>(all);
+            let all = _mm256_add_ps(_mm512_castps512_ps256(all), half);
+            let half = _mm256_extractf128_ps::<1>(all);
+            _mm_storeu_ps(sums.as_mut_ptr(), _mm_add_ps(_mm256_castps256_ps128(all), half));
+        }
+        sums
     }
     #[inline(always)]
     unsafe fn prefetch(at: *const u8) {

@@ -63,8 +63,7 @@ const TILE: usize = 1024;
 /// Activations of a tile, all rows': half of the first-level cache, which holds the weight's tile
 /// and the running sums besides.
 const TILE_FLOATS: usize = 6144;
-/// Codes of a weight row per step of the direct way, where scales are spread: those of two rows
-/// stay in the first-level cache.
+/// Activations of a stretch of the direct way, all rows': less than the first-level cache.
 const SEGMENT: usize = 8192;
 /// Tables of second-level blocks that are kept; a power of two.
 const TABLES: usize = 4;
@@ -139,6 +138,12 @@ trait Kernel: Sized {
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
     /// The sum of all lanes.
     unsafe fn sum(v: Self::V) -> f32;
+    /// The sums of all lanes of four vectors, each as any other time.
+    unsafe fn sum4(v: [Self::V; 4]) -> [f32; 4] {
+        let [a, b, c, d] = v;
+        // SAFETY: the caller's promise.
+        unsafe { [Self::sum(a), Self::sum(b), Self::sum(c), Self::sum(d)] }
+    }
     /// Fetches a line of the packed weight ahead of its use. Any address will do.
     unsafe fn prefetch(at: *const u8);
     /// `LANES` elements as float32.
@@ -375,7 +380,8 @@ impl Product<'_> {
         }
     }
 
-    /// Liberty 3, first way: a pair of weight rows at a time.
+    /// Liberty 3, first way: a pair of weight rows at a time, over a stretch of codes for which the
+    /// activations fit the first-level cache.
     ///
     /// # Safety
     /// As for [`block`](Self::block); `M` is the number of rows and `in_features` a multiple of 8.
@@ -386,65 +392,94 @@ impl Product<'_> {
         features: Range<usize>,
         sums: &mut Sums,
     ) {
-        let mut o = features.start;
-        while o < features.end {
-            let at = o - features.start;
-            // SAFETY: the caller's promises.
-            unsafe {
-                if o + 2 <= features.end {
-                    self.direct_rows::<K, M, 2>(scales, o, at, sums);
-                    o += 2;
-                } else {
-                    self.direct_rows::<K, M, 1>(scales, o, at, sums);
-                    o += 1;
+        let k = self.weight.in_features;
+        let segment = SEGMENT / M / 128 * 128;
+        // The sums so far of each feature, `M` vectors of at most 16 lanes.
+        let mut acc = Buffer::<{ 4 * BLOCK * 16 }>::new();
+        let acc = acc.ptr();
+        // SAFETY: the caller's promises; `acc` has room for `M <= 4` vectors for each feature.
+        unsafe {
+            for i in 0..features.len() * M {
+                K::store(acc.add(i * K::LANES), K::zero());
+            }
+            for start in (0..k).step_by(segment) {
+                let codes = start..k.min(start + segment);
+                scales.rewind();
+                let mut o = features.start;
+                while o < features.end {
+                    let acc = acc.add((o - features.start) * M * K::LANES);
+                    if o + 2 <= features.end {
+                        self.direct_rows::<K, M, 2>(scales, o, codes.clone(), acc);
+                        o += 2;
+                    } else {
+                        self.direct_rows::<K, M, 1>(scales, o, codes.clone(), acc);
+                        o += 1;
+                    }
+                }
+            }
+            for m in 0..M {
+                let fours = features.len().div_ceil(4);
+                for (i, sums) in sums.0[m].as_chunks_mut::<4>().0[..fours].iter_mut().enumerate() {
+                    let mut four = [K::zero(); 4];
+                    for (j, v) in four.iter_mut().enumerate() {
+                        let i = (i * 4 + j).min(features.len() - 1);
+                        *v = K::load(acc.add((i * M + m) * K::LANES));
+                    }
+                    *sums = K::sum4(four);
                 }
             }
         }
     }
 
     /// # Safety
-    /// As for [`direct`](Self::direct), for the weight rows `o..o + R`.
+    /// As for [`direct`](Self::direct), for `codes` of the weight rows `o..o + R`, which start at a
+    /// group and are at most `SEGMENT`; `sums` has `M` vectors for each weight row.
     #[inline(always)]
     unsafe fn direct_rows<K: Kernel, const M: usize, const R: usize>(
         &self,
         scales: &mut ScaleReader<'_>,
         o: usize,
-        at: usize,
-        sums: &mut Sums,
+        codes: Range<usize>,
+        sums: *mut f32,
     ) {
         let k = self.weight.in_features;
+        let first = o * k + codes.start; // in the flattened weight
         // SAFETY: the caller's promises; each way's scales are those of the rows' codes.
         unsafe {
             let mut acc = [[K::zero(); R]; M];
+            let lanes = |r: usize, m: usize| sums.add((r * M + m) * K::LANES);
+            for m in 0..M {
+                for r in 0..R {
+                    acc[m][r] = K::load(lanes(r, m));
+                }
+            }
             match scales.way {
                 Way::Halves(absmax) => {
-                    let halves = Halves { scales: absmax[o * k / 64..].as_ptr(), stride: k / 64 };
-                    self.direct_codes::<K, M, R, _>(o, 0..k, halves, &mut acc);
+                    let halves = Halves { scales: absmax[first / 64..].as_ptr(), stride: k / 64 };
+                    self.direct_codes::<K, M, R, _>(o, codes, halves, &mut acc);
                 }
                 Way::Tabulated(nested) => {
-                    let first = o * k / 64;
-                    let indices = &nested.absmax[first..first + R * k / 64];
+                    let stride = k / 64;
+                    let first = first / 64;
+                    let indices = &nested.absmax[first..][..(R - 1) * stride + codes.len() / 64];
                     let tables = scales.tabulate(nested, first..first + indices.len());
                     let indices = indices.as_ptr();
-                    let tabulated = Tabulated { indices, first, stride: k / 64, tables };
-                    self.direct_codes::<K, M, R, _>(o, 0..k, tabulated, &mut acc);
+                    let tabulated = Tabulated { indices, first, stride, tables };
+                    self.direct_codes::<K, M, R, _>(o, codes, tabulated, &mut acc);
                 }
                 Way::Units => {
                     let mut units = Buffer::<{ 2 * SEGMENT / UNIT }>::new();
-                    for start in (0..k).step_by(SEGMENT) {
-                        let codes = start..k.min(start + SEGMENT);
-                        for r in 0..R {
-                            let units = units.part(r * (SEGMENT / UNIT), codes.len() / UNIT);
-                            scales.fill_units::<K>((o + r) * k + start, units);
-                        }
-                        let units = Units { scales: units.ptr(), stride: SEGMENT / UNIT };
-                        self.direct_codes::<K, M, R, _>(o, codes, units, &mut acc);
+                    for r in 0..R {
+                        let units = units.part(r * (SEGMENT / UNIT), codes.len() / UNIT);
+                        scales.fill_units::<K>(first + r * k, units);
                     }
+                    let units = Units { scales: units.ptr(), stride: SEGMENT / UNIT };
+                    self.direct_codes::<K, M, R, _>(o, codes, units, &mut acc);
                 }
             }
             for m in 0..M {
                 for r in 0..R {
-                    sums.0[m][at + r] = K::sum(acc[m][r]);
+                    K::store(lanes(r, m), acc[m][r]);
                 }
             }
         }
@@ -469,12 +504,14 @@ impl Product<'_> {
             let packed = self.weight.packed.as_ptr().add((o * k + codes.start) / 2);
             let x = self.x.add(self.layout.at(0, codes.start / K::GROUP));
             let rows = Rows::<K, S> { table, packed, row_bytes: k / 2, x, scales };
-            // Three bytes past a group are the row's, but for its last group.
-            for g in 1..whole {
-                rows.group::<M, R, true>(g - 1, acc);
+            // Groups with 3 bytes after them, in the last of the rows.
+            let readable = self.weight.packed.len() - ((o + R - 1) * k + codes.start) / 2;
+            let inner = whole.min(readable.saturating_sub(3) / (K::GROUP / 2));
+            for g in 0..inner {
+                rows.group::<M, R, true>(g, acc);
             }
-            if whole > 0 {
-                rows.group::<M, R, false>(whole - 1, acc);
+            for g in inner..whole {
+                rows.group::<M, R, false>(g, acc);
             }
             if rest > 0 {
                 // Copies padded with zeros, codes and scales, meet zeros in `x`.
@@ -557,18 +594,12 @@ impl Product<'_> {
                     }
                 };
                 for i in (0..padded).step_by(K::WEIGHT_ROWS) {
-                    for r in 0..K::WEIGHT_ROWS {
-                        // Past the block's end its last row stands in; the sums go unread.
-                        let i = (i + r).min(features.len() - 1);
-                        let o = features.start + i;
-                        let tile = tile.add(r * K::LANES);
-                        match scaling {
-                            TileScales::Units(units) => {
-                                self.decode::<K, _>(o, codes.clone(), units.row(i), tile);
-                            }
-                            TileScales::Halves(halves) => {
-                                self.decode::<K, _>(o, codes.clone(), halves.row(i), tile);
-                            }
+                    match scaling {
+                        TileScales::Units(scales) => {
+                            self.decode::<K, _>(&features, i, codes.clone(), scales, tile);
+                        }
+                        TileScales::Halves(scales) => {
+                            self.decode::<K, _>(&features, i, codes.clone(), scales, tile);
                         }
                     }
                     for m in (0..rows).step_by(self.layout.batch) {
@@ -580,87 +611,124 @@ impl Product<'_> {
                     }
                 }
             }
-            for i in 0..features.len() {
-                for m in 0..rows {
-                    let r = i % K::WEIGHT_ROWS;
-                    let lanes = acc.add(lanes(i - r, m) + r * K::LANES);
-                    sums.0[m][i] = K::sum(K::load(lanes));
+            for m in 0..rows {
+                let fours = features.len().div_ceil(4);
+                for (i, sums) in sums.0[m].as_chunks_mut::<4>().0[..fours].iter_mut().enumerate() {
+                    let mut four = [K::zero(); 4];
+                    for (j, v) in four.iter_mut().enumerate() {
+                        let i = (i * 4 + j).min(padded - 1);
+                        let r = i % K::WEIGHT_ROWS;
+                        *v = K::load(acc.add(lanes(i - r, m) + r * K::LANES));
+                    }
+                    *sums = K::sum4(four);
                 }
             }
         }
     }
 
-    /// Decodes `codes` of weight row `o`, scales applied: vector `v` goes to
-    /// `to + v * WEIGHT_ROWS * LANES`.
+    /// Decodes `codes` of `WEIGHT_ROWS` of the `features` from number `i` on, scales applied, to a
+    /// tile: vector by vector, and row by row within.
     ///
     /// # Safety
-    /// As for [`block`](Self::block); `codes` starts at a group and is no longer than `TILE`;
-    /// `scales` has its scales in row 0; `to` has room for `WEIGHT_ROWS` rows of its groups,
-    /// counted from the first row's start.
+    /// As for [`block`](Self::block); `codes` starts at a group and is no longer than `TILE`; row
+    /// `i` of `scales` has the scales of feature `i`; `tile` has room.
     #[inline(always)]
     unsafe fn decode<K: Kernel, S: Scaling>(
         &self,
-        o: usize,
+        features: &Range<usize>,
+        i: usize,
         codes: Range<usize>,
         scales: S,
-        to: *mut f32,
+        tile: *mut f32,
     ) {
         let weight = self.weight;
-        let start = o * weight.in_features + codes.start; // in the flattened weight
         let len = codes.len();
         let (whole, rest) = (len / K::GROUP, len % K::GROUP);
-        let bytes = &weight.packed[start / 2..(start + len).div_ceil(2)];
-        let mut shifted = [MaybeUninit::uninit(); TILE / 2];
-        let bytes = if start % 2 == 0 { bytes } else { shift(bytes, len, &mut shifted) };
+        let group_floats = GROUP_VECTORS * K::WEIGHT_ROWS * K::LANES;
+        let mut shifted = [[MaybeUninit::uninit(); TILE / 2]; 4];
+        // For each row: its number among the features, its start in the flattened weight, its
+        // bytes. Past the end the last feature stands in; the sums go unread.
+        let mut rows: [(usize, usize, &[u8]); 4] = [(0, 0, &[]); 4];
+        // Groups with 3 bytes after them in every row.
+        let mut inner = whole;
+        for (r, (row, shifted)) in rows.iter_mut().zip(&mut shifted).enumerate() {
+            if r < K::WEIGHT_ROWS {
+                let i = (i + r).min(features.len() - 1);
+                let start = (features.start + i) * weight.in_features + codes.start;
+                let bytes = &weight.packed[start / 2..];
+                let bytes = if start % 2 == 0 { bytes } else { shift(bytes, len, shifted) };
+                *row = (i, start, bytes);
+                inner = inner.min(bytes.len().saturating_sub(3) / (K::GROUP / 2));
+            }
+        }
         // SAFETY: per step below.
         unsafe {
             let table = K::table(weight.table);
-            let stride = K::WEIGHT_ROWS * K::LANES;
-            let packed = bytes.as_ptr();
-            for g in 0..whole {
-                let packed = packed.add(g * K::GROUP / 2);
-                K::prefetch(packed.wrapping_add(K::WEIGHT_ROWS * weight.in_features / 2));
-                let to = to.add(g * GROUP_VECTORS * stride);
-                // Three bytes past a group are the next group's.
-                if g + 1 < whole {
-                    decode_group::<K, S, true>(table, packed, scales, g, to);
-                } else {
-                    decode_group::<K, S, false>(table, packed, scales, g, to);
+            for g in 0..inner {
+                for (r, &(i, _, bytes)) in rows.iter().enumerate().take(K::WEIGHT_ROWS) {
+                    let packed = bytes.as_ptr().add(g * K::GROUP / 2);
+                    K::prefetch(packed.wrapping_add(K::WEIGHT_ROWS * weight.in_features / 2));
+                    let to = tile.add(g * group_floats + r * K::LANES);
+                    decode_group::<K, S, true>(table, packed, scales, (i, g), to);
                 }
             }
-            if rest > 0 {
-                let mut padded = [0u8; 64];
-                let bytes = &bytes[whole * K::GROUP / 2..];
-                padded[..bytes.len()].copy_from_slice(bytes);
-                let mut units = [0.0f32; 16];
-                for (i, unit) in units.iter_mut().take(rest.div_ceil(UNIT)).enumerate() {
-                    *unit = scales.unit(0, whole * K::LANES + i);
+            for (r, &(i, start, bytes)) in rows.iter().enumerate().take(K::WEIGHT_ROWS) {
+                let tile = tile.add(r * K::LANES);
+                for g in inner..whole {
+                    let packed = bytes.as_ptr().add(g * K::GROUP / 2);
+                    let to = tile.add(g * group_floats);
+                    decode_group::<K, S, false>(table, packed, scales, (i, g), to);
                 }
-                let units = Units { scales: units.as_ptr(), stride: 0 };
-                let to = to.add(whole * GROUP_VECTORS * stride);
-                decode_group::<K, _, false>(table, padded.as_ptr(), units, 0, to);
-                for i in 0..K::GROUP {
-                    if K::CODE_AT[i] as usize >= rest {
-                        *to.add(i / K::LANES * stride + i % K::LANES) = 0.0;
+                if rest > 0 {
+                    let mut padded = [0u8; 64];
+                    let bytes = &bytes[whole * K::GROUP / 2..len.div_ceil(2)];
+                    padded[..bytes.len()].copy_from_slice(bytes);
+                    let mut units = [0.0f32; 16];
+                    for (u, unit) in units.iter_mut().take(rest.div_ceil(UNIT)).enumerate() {
+                        *unit = scales.unit(i, whole * K::LANES + u);
                     }
+                    let units = Units { scales: units.as_ptr(), stride: 0 };
+                    let to = tile.add(whole * group_floats);
+                    decode_group::<K, _, false>(table, padded.as_ptr(), units, (0, 0), to);
+                    for i in 0..K::GROUP {
+                        if K::CODE_AT[i] as usize >= rest {
+                            let vector = i / K::LANES * K::WEIGHT_ROWS;
+                            *to.add(vector * K::LANES + i % K::LANES) = 0.0;
+                        }
+                    }
+                }
+                if start % UNIT != 0 {
+                    self.decode_borders::<K>(start, len, bytes, tile);
                 }
             }
-            if start % UNIT != 0 {
-                // Liberty 4: codes of a unit behind a border have the next block's scale.
-                let block = weight.blocks.blocksize().get();
-                for border in (start.next_multiple_of(block)..start + len).step_by(block) {
-                    let first = border - start;
-                    let mut scale = [0.0];
-                    weight.scales.decode(border / block, &mut scale);
-                    for code in first..first.next_multiple_of(UNIT).min(len) {
-                        let byte = bytes[code / 2];
-                        let q = if code % 2 == 0 { byte >> 4 } else { byte & 0x0F };
-                        let i = position::<K>(code % K::GROUP);
-                        let vector = code / K::GROUP * GROUP_VECTORS + i / K::LANES;
-                        *to.add(vector * stride + i % K::LANES) =
-                            weight.table[q as usize] * scale[0];
-                    }
-                }
+        }
+    }
+
+    /// Liberty 4: codes of a unit behind a border have the next block's scale.
+    ///
+    /// # Safety
+    /// `tile` is a row of `len` codes from `start` on in the flattened weight, which are `bytes`.
+    unsafe fn decode_borders<K: Kernel>(
+        &self,
+        start: usize,
+        len: usize,
+        bytes: &[u8],
+        tile: *mut f32,
+    ) {
+        let weight = self.weight;
+        let block = weight.blocks.blocksize().get();
+        for border in (start.next_multiple_of(block)..start + len).step_by(block) {
+            let first = border - start;
+            let mut scale = [0.0];
+            weight.scales.decode(border / block, &mut scale);
+            for code in first..first.next_multiple_of(UNIT).min(len) {
+                let byte = bytes[code / 2];
+                let q = if code % 2 == 0 { byte >> 4 } else { byte & 0x0F };
+                let i = position::<K>(code % K::GROUP);
+                let vector = code / K::GROUP * GROUP_VECTORS + i / K::LANES;
+                let at = vector * K::WEIGHT_ROWS * K::LANES + i % K::LANES;
+                // SAFETY: `code` is in the row.
+                unsafe { *tile.add(at) = weight.table[q as usize] * scale[0] };
             }
         }
     }
@@ -673,7 +741,7 @@ fn shift<'a>(bytes: &[u8], len: usize, to: &'a mut [MaybeUninit<u8>; TILE / 2]) 
     for ((to, a), b) in to.iter_mut().zip(bytes).zip(next) {
         to.write(a << 4 | b >> 4);
     }
-    // SAFETY: all written: `bytes` has as many bytes or one more.
+    // SAFETY: all written: `bytes` has at least as many bytes.
     unsafe { to.assume_init_ref() }
 }
 
@@ -716,16 +784,6 @@ struct Units {
     stride: usize,
 }
 
-impl Units {
-    /// # Safety
-    /// The row exists.
-    #[inline(always)]
-    unsafe fn row(self, row: usize) -> Self {
-        // SAFETY: the caller's promise.
-        Self { scales: unsafe { self.scales.add(row * self.stride) }, ..self }
-    }
-}
-
 impl Scaling for Units {
     #[inline(always)]
     unsafe fn unit(self, row: usize, unit: usize) -> f32 {
@@ -748,16 +806,6 @@ impl Scaling for Units {
 struct Halves {
     scales: *const f32,
     stride: usize,
-}
-
-impl Halves {
-    /// # Safety
-    /// The row exists.
-    #[inline(always)]
-    unsafe fn row(self, row: usize) -> Self {
-        // SAFETY: the caller's promise.
-        Self { scales: unsafe { self.scales.add(row * self.stride) }, ..self }
-    }
 }
 
 impl Scaling for Halves {
@@ -875,7 +923,7 @@ enum TileScales {
     Halves(Halves),
 }
 
-/// Decodes group `g` of a tile's row, whose scales are row 0 of `scales`.
+/// Decodes a group of a tile's row, whose scales are at a row and group of `scales`.
 ///
 /// # Safety
 /// As for [`Kernel`]; `packed` has the group (and 3 bytes more, if `PAST_END`), `to` room for its
@@ -885,14 +933,14 @@ unsafe fn decode_group<K: Kernel, S: Scaling, const PAST_END: bool>(
     table: K::Table,
     packed: *const u8,
     scales: S,
-    g: usize,
+    (row, group): (usize, usize),
     to: *mut f32,
 ) {
     // SAFETY: the caller's promises.
     unsafe {
         let codes = K::read::<PAST_END>(table, packed);
         for v in 0..GROUP_VECTORS {
-            let scale = scales.vector::<K>(0, g, v * S::count::<K>() / GROUP_VECTORS);
+            let scale = scales.vector::<K>(row, group, v * S::count::<K>() / GROUP_VECTORS);
             let w = K::mul(K::vector(table, &codes, v), scale);
             K::store(to.add(v * K::WEIGHT_ROWS * K::LANES), w);
         }
@@ -982,7 +1030,7 @@ enum Way<'a> {
     Units,
 }
 
-/// Reads the scales of the blocks that a task comes to, in ascending order.
+/// Reads the scales of the blocks that a task comes to; ascending, where they are tabulated.
 struct ScaleReader<'a> {
     scales: Scales<'a>,
     way: Way<'a>,
@@ -1010,6 +1058,12 @@ impl<'a> ScaleReader<'a> {
         };
         let tables = [0.0; TABLES * 256];
         Self { scales: weight.scales, way, block, tabulated: 0, tables }
+    }
+
+    /// Starts over from the first scale.
+    #[inline(always)]
+    const fn rewind(&mut self) {
+        self.tabulated = 0;
     }
 
     /// Makes sure of the tables for the scales `range`, which spans at most `TABLES` second-level
