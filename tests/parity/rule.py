@@ -8,7 +8,11 @@ from __future__ import annotations
 import numpy as np
 
 ABSMAX_FLOOR = np.float32(1e-38)
-"""Scales below this are raised to it before the reciprocal is taken."""
+"""Upstream alone raises smaller scales to this before taking the reciprocal, which flattens such
+blocks; the project's rule keeps their ratios."""
+
+NO_RECIPROCAL = np.float32(2.0**-128)
+"""Up to this magnitude 1 / absmax overflows float32: block and scale are lifted by 2^64 first."""
 
 NESTED_BLOCK = 256
 """Block size of the second quantization of the scales."""
@@ -31,8 +35,9 @@ class Rule:
         padded[: flat.size] = flat
         padded = padded.reshape(blocks, block)
         absmax = np.abs(padded).max(axis=1) if blocks else np.zeros(0, np.float32)
-        inverse = np.float32(1.0) / np.maximum(absmax, ABSMAX_FLOOR)
-        scaled = np.clip(padded * inverse[:, None], np.float32(-1), np.float32(1))
+        lift = np.where(absmax <= NO_RECIPROCAL, np.float32(2.0**64), np.float32(1))
+        inverse = np.float32(1) / np.where(absmax == 0, np.float32(1), absmax * lift)
+        scaled = np.clip((padded * lift[:, None]) * inverse[:, None], np.float32(-1), np.float32(1))
         return absmax, scaled.ravel()[: flat.size]
 
     def encode(self, scaled: np.ndarray) -> np.ndarray:
