@@ -202,9 +202,9 @@ impl Run<'_> {
 
 /// Cache lines to ask for during a tile. What is read next comes in pieces too short for the
 /// processor to foresee, and asking for many lines at once would stall it: a tile asks for a few
-/// after every 16 values of `t`.
+/// at every 16 values of `t`.
 struct Ahead {
-    lines: [*const i8; 64],
+    lines: [*const i8; 256],
     len: usize,
 }
 
@@ -223,12 +223,35 @@ impl Ahead {
         }
     }
 
-    /// The lines to ask for after each 16 of `16 * groups` values of `t`.
+    /// The lines to ask for at each of `groups` points of a tile.
     #[inline]
     fn steps(&self, groups: usize) -> impl Iterator<Item = &[*const i8]> {
         let lines = &self.lines[..self.len];
         let each = self.len.div_ceil(groups).max(1);
         lines.chunks(each).chain(std::iter::repeat(&[][..]))
+    }
+}
+
+/// Starts bringing cache lines near.
+#[inline]
+fn prefetch(lines: &[*const i8]) {
+    for &line in lines {
+        #[cfg(target_arch = "x86_64")]
+        #[allow(unused_unsafe)] // newer compilers know that it is safe
+        // SAFETY: a hint, of any address whatever.
+        unsafe {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            _mm_prefetch::<_MM_HINT_T0>(line);
+        }
+        #[cfg(target_arch = "aarch64")]
+        // SAFETY: a hint, of any address whatever. (The intrinsic is not stable.)
+        unsafe {
+            std::arch::asm!(
+                "prfm pldl1keep, [{}]",
+                in(reg) line,
+                options(nostack, preserves_flags, readonly)
+            );
+        }
     }
 }
 
@@ -575,8 +598,8 @@ fn task<P: Product>(
     let (block, scratch) = scratch.split_at_mut(lines * STRIDE);
     let (panel, sums) = scratch.split_at_mut(PANEL);
     let panels = broadcast.len().div_ceil(reach);
-    let early = panels - panels.div_ceil(4);
-    let mut fetch = Ahead { lines: [std::ptr::null(); 64], len: 0 };
+    let early = panels - panels.div_ceil(4).max(panels.min(4));
+    let mut fetch = Ahead { lines: [std::ptr::null(); 256], len: 0 };
     let stretch = |start: usize| start..(start + DEPTH).min(product.depth());
     let mut t = stretch(0);
     while !t.is_empty() {
@@ -682,6 +705,8 @@ pub(super) fn forward<T: Element>(
         Isa::Avx512 => with::<T, avx512::Avx512>(input, rows, weight, bias, out),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => with::<T, avx2::Avx2>(input, rows, weight, bias, out),
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => with::<T, neon::Neon>(input, rows, weight, bias, out),
         _ => super::scalar::forward(input, rows, weight, bias, out),
     }
 }
@@ -711,6 +736,8 @@ pub(super) fn grad_input<T: Element>(
         Isa::Avx512 => with::<T, avx512::Avx512>(grad_output, rows, weight, out),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => with::<T, avx2::Avx2>(grad_output, rows, weight, out),
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => with::<T, neon::Neon>(grad_output, rows, weight, out),
         _ => super::scalar::grad_input(grad_output, rows, weight, out),
     }
 }
