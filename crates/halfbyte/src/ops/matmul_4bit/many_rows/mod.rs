@@ -209,6 +209,14 @@ struct Ahead {
 }
 
 impl Ahead {
+    fn new() -> Self {
+        Self { lines: [std::ptr::null(); 256], len: 0 }
+    }
+
+    fn lines(&self) -> &[*const i8] {
+        &self.lines[..self.len]
+    }
+
     /// Adds a part of a slice, less what lies outside it.
     #[inline]
     fn push<T>(&mut self, slice: &[T], part: Range<usize>) {
@@ -226,9 +234,8 @@ impl Ahead {
     /// The lines to ask for at each of `groups` points of a tile.
     #[inline]
     fn steps(&self, groups: usize) -> impl Iterator<Item = &[*const i8]> {
-        let lines = &self.lines[..self.len];
         let each = self.len.div_ceil(groups).max(1);
-        lines.chunks(each).chain(std::iter::repeat(&[][..]))
+        self.lines().chunks(each).chain(std::iter::repeat(&[][..]))
     }
 }
 
@@ -483,7 +490,12 @@ impl<T: Element, M: Micro> Product for GradInput<'_, T, M> {
         stride: usize,
         _: &mut [Line],
     ) {
+        let mut near = Ahead::new();
         for (i, o) in t.clone().enumerate() {
+            // Asked for long ago, these bytes have left L1 if not L2.
+            near.len = 0;
+            self.weight.fetch(o + 3, lanes.clone(), &mut near);
+            prefetch(near.lines());
             self.weight.decode::<M>(o, lanes.clone(), &mut block[i..], stride);
         }
         for line in block.chunks_mut(stride).take(lanes.len().div_ceil(LANES)) {
@@ -599,7 +611,7 @@ fn task<P: Product>(
     let (panel, sums) = scratch.split_at_mut(PANEL);
     let panels = broadcast.len().div_ceil(reach);
     let early = panels - panels.div_ceil(4).max(panels.min(4));
-    let mut fetch = Ahead { lines: [std::ptr::null(); 256], len: 0 };
+    let mut fetch = Ahead::new();
     let stretch = |start: usize| start..(start + DEPTH).min(product.depth());
     let mut t = stretch(0);
     while !t.is_empty() {
