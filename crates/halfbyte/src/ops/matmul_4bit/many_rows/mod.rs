@@ -19,10 +19,17 @@
 //!     round the sums to T
 //! ```
 //!
-//! Whichever side is the weight is decoded on its way into the block or panel, so that the
-//! dequantized weight never exists: a thread holds at most [`SCRATCH`] lines, 1 MiB, whatever the
-//! shapes. The forward product decodes rows as they lie and transposes the activations; the
-//! gradient decodes into the lanes side and only widens the gradient. Neither transposes the weight.
+//! Liberties taken with the definition in `scalar.rs`:
+//!
+//! 1. Whichever side is the weight is decoded on its way into the block or panel, once per chunk
+//!    of up to [`MAX_ROWS`] rows, so that the dequantized weight never exists: a thread holds at
+//!    most [`SCRATCH`] lines, 1 MiB, whatever the shapes. The forward product decodes rows as they
+//!    lie and transposes the activations; the gradient decodes into the lanes side and only widens
+//!    the gradient. Neither transposes the weight.
+//! 2. Ends are filled up with zeros: the last 16 of `t` on both sides, lanes and rows of the last
+//!    tile. A product of two zeros adds nothing; lanes and rows past the end are never written.
+//! 3. While one tile is multiplied, what the next panel and block read is asked for ([`Ahead`]).
+//! 4. Sums are fused multiply-adds, `t` cut into stretches.
 //!
 //! The order of summation depends on nothing but `t` and [`DEPTH`], so the bytes are the same for
 //! any number of threads. A stretch is summed by one chain of fused multiply-adds and stretches
@@ -35,9 +42,9 @@
 //!
 //! before the bias (one more rounding) and the rounding to `T`.
 //!
-//! An instruction set supplies [`Micro`]. Apart from it, nothing here knows how a [`Line`] is laid
-//! out inside a block or a panel, beyond their sizes: a processor with matrix tiles (AMX) would
-//! keep bfloat16 pairs in them and bring its own `Micro`.
+//! An instruction set supplies [`Micro`], the seam for a processor with matrix tiles (AMX) too: it
+//! would keep bfloat16 pairs in the same blocks and panels. Only the filling up with zeros and the
+//! transposition of activations, here, count on the layout above.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
