@@ -1,8 +1,9 @@
 //! AVX2: tiles of one line (two registers) by 6 rows. 12 sums, a line and a broadcast fit the 16
 //! registers; 12 fused multiply-adds on 8 loads.
 
-use super::{Ahead, LANES, Line, Micro, Run};
+use super::{Ahead, LANES, Line, Micro, Run, prefetch};
 use crate::Element;
+#[allow(clippy::wildcard_imports)] // the vocabulary of the file
 use std::arch::x86_64::*;
 
 pub(super) struct Avx2;
@@ -28,12 +29,9 @@ impl Micro for Avx2 {
         let block = block.as_chunks::<LANES>().0;
         let panel = panel.as_chunks::<REACH>().0;
         for ((rows, lines), ahead) in panel.iter().zip(block).zip(ahead.steps(panel.len())) {
-            for line in ahead {
-                // SAFETY: a prefetch is only a hint.
-                unsafe { _mm_prefetch::<_MM_HINT_T0>(*line) };
-            }
-            for t in 0..LANES {
-                let line = load(&lines[t]);
+            prefetch(ahead);
+            for (t, line) in lines.iter().enumerate() {
+                let line = load(line);
                 for b in 0..REACH {
                     let weight = _mm256_set1_ps(rows[b].0[t]);
                     tile[b][0] = _mm256_fmadd_ps(line[0], weight, tile[b][0]);

@@ -2,8 +2,9 @@
 //! need no arithmetic port) leave both multiply-add ports busy: 24 fused multiply-adds on 11
 //! loads.
 
-use super::{Ahead, LANES, Line, Micro, Run};
+use super::{Ahead, LANES, Line, Micro, Run, prefetch};
 use crate::Element;
+#[allow(clippy::wildcard_imports)] // the vocabulary of the file
 use std::arch::x86_64::*;
 
 pub(super) struct Avx512;
@@ -162,10 +163,7 @@ fn tile<const L: usize>(
     let mut tile = [[_mm512_setzero_ps(); REACH]; L];
     let mut lines = block.as_ptr();
     for (rows, ahead) in panel.iter().zip(ahead.steps(panel.len())) {
-        for line in ahead {
-            // SAFETY: a prefetch is only a hint.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(*line) };
-        }
+        prefetch(ahead);
         for t in 0..LANES {
             // SAFETY: `lines` has advanced by 16 per element of `panel`; the furthest line read is
             // `(L - 1) * stride + 16 * panel.len() - 1`, inside the block by the assertion.

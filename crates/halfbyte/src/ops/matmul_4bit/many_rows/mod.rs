@@ -19,10 +19,17 @@
 //!     round the sums to T
 //! ```
 //!
-//! Whichever side is the weight is decoded on its way into the block or panel, so that the
-//! dequantized weight never exists: a thread holds at most [`SCRATCH`] lines, 1 MiB, whatever the
-//! shapes. The forward product decodes rows as they lie and transposes the activations; the
-//! gradient decodes into the lanes side and only widens the gradient. Neither transposes the weight.
+//! Liberties taken with the definition in `scalar.rs`:
+//!
+//! 1. Whichever side is the weight is decoded on its way into the block or panel, once per chunk
+//!    of up to [`MAX_ROWS`] rows, so that the dequantized weight never exists: a thread holds at
+//!    most [`SCRATCH`] lines, 1 MiB, whatever the shapes. The forward product decodes rows as they
+//!    lie and transposes the activations; the gradient decodes into the lanes side and only widens
+//!    the gradient. Neither transposes the weight.
+//! 2. Ends are filled up with zeros: the last 16 of `t` on both sides, lanes and rows of the last
+//!    tile. A product of two zeros adds nothing; lanes and rows past the end are never written.
+//! 3. While one tile is multiplied, what the next panel and block read is asked for ([`Ahead`]).
+//! 4. Sums are fused multiply-adds, `t` cut into stretches.
 //!
 //! The order of summation depends on nothing but `t` and [`DEPTH`], so the bytes are the same for
 //! any number of threads. A stretch is summed by one chain of fused multiply-adds and stretches
@@ -35,9 +42,9 @@
 //!
 //! before the bias (one more rounding) and the rounding to `T`.
 //!
-//! An instruction set supplies [`Micro`]. Apart from it, nothing here knows how a [`Line`] is laid
-//! out inside a block or a panel, beyond their sizes: a processor with matrix tiles (AMX) would
-//! keep bfloat16 pairs in them and bring its own `Micro`.
+//! An instruction set supplies [`Micro`], the seam for a processor with matrix tiles (AMX) too: it
+//! would keep bfloat16 pairs in the same blocks and panels. Only the filling up with zeros and the
+//! transposition of activations, here, count on the layout above.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -202,13 +209,21 @@ impl Run<'_> {
 
 /// Cache lines to ask for during a tile. What is read next comes in pieces too short for the
 /// processor to foresee, and asking for many lines at once would stall it: a tile asks for a few
-/// after every 16 values of `t`.
+/// at every 16 values of `t`.
 struct Ahead {
-    lines: [*const i8; 64],
+    lines: [*const i8; 256],
     len: usize,
 }
 
 impl Ahead {
+    fn new() -> Self {
+        Self { lines: [std::ptr::null(); 256], len: 0 }
+    }
+
+    fn lines(&self) -> &[*const i8] {
+        &self.lines[..self.len]
+    }
+
     /// Adds a part of a slice, less what lies outside it.
     #[inline]
     fn push<T>(&mut self, slice: &[T], part: Range<usize>) {
@@ -223,12 +238,34 @@ impl Ahead {
         }
     }
 
-    /// The lines to ask for after each 16 of `16 * groups` values of `t`.
+    /// The lines to ask for at each of `groups` points of a tile.
     #[inline]
     fn steps(&self, groups: usize) -> impl Iterator<Item = &[*const i8]> {
-        let lines = &self.lines[..self.len];
         let each = self.len.div_ceil(groups).max(1);
-        lines.chunks(each).chain(std::iter::repeat(&[][..]))
+        self.lines().chunks(each).chain(std::iter::repeat(&[][..]))
+    }
+}
+
+/// Starts bringing cache lines near.
+#[inline]
+fn prefetch(lines: &[*const i8]) {
+    for &line in lines {
+        #[cfg(target_arch = "x86_64")]
+        #[allow(unused_unsafe)] // newer compilers know that it is safe
+        // SAFETY: a hint, of any address whatever.
+        unsafe {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            _mm_prefetch::<_MM_HINT_T0>(line);
+        }
+        #[cfg(target_arch = "aarch64")]
+        // SAFETY: a hint, of any address whatever. (The intrinsic is not stable.)
+        unsafe {
+            std::arch::asm!(
+                "prfm pldl1keep, [{}]",
+                in(reg) line,
+                options(nostack, preserves_flags, readonly)
+            );
+        }
     }
 }
 
@@ -460,7 +497,12 @@ impl<T: Element, M: Micro> Product for GradInput<'_, T, M> {
         stride: usize,
         _: &mut [Line],
     ) {
+        let mut near = Ahead::new();
         for (i, o) in t.clone().enumerate() {
+            // Asked for long ago, these bytes have left L1 if not L2.
+            near.len = 0;
+            self.weight.fetch(o + 3, lanes.clone(), &mut near);
+            prefetch(near.lines());
             self.weight.decode::<M>(o, lanes.clone(), &mut block[i..], stride);
         }
         for line in block.chunks_mut(stride).take(lanes.len().div_ceil(LANES)) {
@@ -575,8 +617,8 @@ fn task<P: Product>(
     let (block, scratch) = scratch.split_at_mut(lines * STRIDE);
     let (panel, sums) = scratch.split_at_mut(PANEL);
     let panels = broadcast.len().div_ceil(reach);
-    let early = panels - panels.div_ceil(4);
-    let mut fetch = Ahead { lines: [std::ptr::null(); 64], len: 0 };
+    let early = panels - panels.div_ceil(4).max(panels.min(4));
+    let mut fetch = Ahead::new();
     let stretch = |start: usize| start..(start + DEPTH).min(product.depth());
     let mut t = stretch(0);
     while !t.is_empty() {
@@ -682,6 +724,8 @@ pub(super) fn forward<T: Element>(
         Isa::Avx512 => with::<T, avx512::Avx512>(input, rows, weight, bias, out),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => with::<T, avx2::Avx2>(input, rows, weight, bias, out),
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => with::<T, neon::Neon>(input, rows, weight, bias, out),
         _ => super::scalar::forward(input, rows, weight, bias, out),
     }
 }
@@ -711,6 +755,8 @@ pub(super) fn grad_input<T: Element>(
         Isa::Avx512 => with::<T, avx512::Avx512>(grad_output, rows, weight, out),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => with::<T, avx2::Avx2>(grad_output, rows, weight, out),
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => with::<T, neon::Neon>(grad_output, rows, weight, out),
         _ => super::scalar::grad_input(grad_output, rows, weight, out),
     }
 }
