@@ -262,7 +262,6 @@ fn nest(absmax: &Source<'_>, blocksize: BlockSize) -> Result<[Tensor; 3]> {
     let offset = halfbyte::quantize_absmax(
         absmax.slice()?,
         blocksize,
-        &mut vec![0.0; n],
         codes.write("codes")?.slice_mut()?,
         absmax2.write("absmax2")?.slice_mut()?,
     )?;

@@ -1,8 +1,15 @@
 //! The codes: which real numbers the 4-bit and 8-bit indices stand for. The only copy of the
 //! tables in the project; every back end takes them from here.
 
+mod code8;
+pub(crate) mod encode8;
+mod maps;
+
 use crate::{Error, Result};
-use std::sync::OnceLock;
+
+pub use code8::Code8;
+pub(crate) use code8::Kind;
+pub use maps::{dynamic_map, fp8_map, linear_map, normal_map};
 
 /// A 4-bit data type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -130,102 +137,6 @@ impl std::str::FromStr for Code4 {
             _ => Err(Error::QuantType { got: s.to_owned() }),
         }
     }
-}
-
-/// An 8-bit code: 256 float32 values in ascending order.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Code8 {
-    values: [f32; 256],
-    /// `midpoints[i]` lies between entries `i` and `i + 1`.
-    midpoints: [f32; 255],
-}
-
-impl Code8 {
-    /// Takes any ascending table (equal neighbours are allowed: short maps are padded with zeros).
-    ///
-    /// # Errors
-    /// [`Error::Length`] unless there are 256 entries, [`Error::CodeOrder`] unless they ascend and
-    /// are finite.
-    pub fn new(values: &[f32]) -> Result<Self> {
-        let values: &[f32; 256] = values.try_into().map_err(|_| Error::Length {
-            buffer: "code",
-            expected: 256,
-            got: values.len(),
-            unit: "float32 values",
-        })?;
-        for (index, &value) in values.iter().enumerate() {
-            let previous = if index == 0 { f32::MIN } else { values[index - 1] };
-            if !value.is_finite() || value < previous {
-                return Err(Error::CodeOrder { index, value, previous });
-            }
-        }
-        Ok(Self::from_ascending(*values))
-    }
-
-    fn from_ascending(values: [f32; 256]) -> Self {
-        // Halves are added, so that large entries do not overflow; exact for all but subnormals.
-        let midpoints = std::array::from_fn(|i| values[i] * 0.5 + values[i + 1] * 0.5);
-        Self { values, midpoints }
-    }
-
-    /// The dynamic-tree map: signed for weights and first moments, unsigned for second moments
-    /// (8-Bit Approximations for Parallelism, arXiv 1511.04561; 8-bit Optimizers, 2110.02861).
-    #[must_use]
-    pub fn dynamic(signed: bool) -> &'static Self {
-        static SIGNED: OnceLock<Code8> = OnceLock::new();
-        static UNSIGNED: OnceLock<Code8> = OnceLock::new();
-        let cell = if signed { &SIGNED } else { &UNSIGNED };
-        cell.get_or_init(|| Self::from_ascending(dynamic_values(signed)))
-    }
-
-    /// The value of each index.
-    #[must_use]
-    pub const fn values(&self) -> &[f32; 256] {
-        &self.values
-    }
-
-    /// The borders: index `i` is the nearest code of `y` when exactly `i` midpoints lie strictly
-    /// below `y`.
-    #[must_use]
-    pub const fn midpoints(&self) -> &[f32; 255] {
-        &self.midpoints
-    }
-}
-
-/// For decade `i` of 7, the fraction interval [0.1, 1] is cut into `2^i` (signed) or `2^(i+1)`
-/// (unsigned) equal parts, whose midpoints are scaled by `10^(i-6)`; plus 0 and 1.
-fn dynamic_values(signed: bool) -> [f32; 256] {
-    let mut values = Vec::with_capacity(256);
-    for i in 0..7i32 {
-        let parts = 1usize << if signed { i } else { i + 1 };
-        let border = linspace(0.1, 1.0, parts + 1);
-        let scale = 10f64.powi(i - 6) as f32;
-        for pair in border.windows(2) {
-            let value = scale * ((pair[0] + pair[1]) / 2.0);
-            values.push(value);
-            if signed {
-                values.push(-value);
-            }
-        }
-    }
-    values.push(0.0);
-    values.push(1.0);
-    values.sort_by(f32::total_cmp);
-    values.try_into().expect("127 + 127 or 254 parts, 0 and 1 are 256 values")
-}
-
-/// `steps` evenly spaced float32 values, each computed from the nearer end (as `torch.linspace`).
-fn linspace(start: f32, end: f32, steps: usize) -> Vec<f32> {
-    let step = (end - start) / (steps - 1) as f32;
-    (0..steps)
-        .map(|i| {
-            if i < steps / 2 {
-                start + step * i as f32
-            } else {
-                end - step * (steps - 1 - i) as f32
-            }
-        })
-        .collect()
 }
 
 #[cfg(test)]

@@ -57,6 +57,18 @@ pub enum Error {
         /// The entry before it.
         previous: f32,
     },
+    /// Arguments that describe no 8-bit map.
+    #[error("{map} map: {argument} must be {expected}, got {got}")]
+    MapArgument {
+        /// Which map was asked for.
+        map: &'static str,
+        /// The offending argument.
+        argument: &'static str,
+        /// What it must be.
+        expected: &'static str,
+        /// What it was.
+        got: String,
+    },
     /// The input holds NaN or infinity.
     #[error(
         "cannot quantize: the input holds NaN or infinity in block {block} (elements {start}..{end})"

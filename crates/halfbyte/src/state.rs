@@ -314,9 +314,7 @@ impl QuantState {
         let blocksize = BlockSize::B256;
         let mut absmax = vec![0u8; plain.len()];
         let mut absmax2 = vec![0.0f32; blocksize.over(plain.len()).count()];
-        let mut scratch = vec![0.0f32; plain.len()];
-        let offset =
-            crate::quantize_absmax(plain, blocksize, &mut scratch, &mut absmax, &mut absmax2)?;
+        let offset = crate::quantize_absmax(plain, blocksize, &mut absmax, &mut absmax2)?;
         let code = Box::new(*Code8::dynamic(true).values());
         self.scales = OwnedScales::Nested { absmax, code, absmax2, blocksize, offset };
         Ok(())

@@ -1,5 +1,9 @@
 //! `dequantize_blockwise`: 8-bit codes back to elements.
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod scalar;
 #[cfg(test)]
 mod tests;
@@ -37,6 +41,10 @@ type Kernel<T> = unsafe fn(&[u8], &[f32], &[f32; 256], BlockSize, &mut [T]);
 
 fn kernel<T: Element>(isa: Isa) -> Kernel<T> {
     match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => avx512::dequantize::<T>,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => avx2::dequantize::<T>,
         _ => scalar::dequantize::<T>,
     }
 }

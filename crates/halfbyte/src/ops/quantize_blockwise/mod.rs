@@ -1,5 +1,9 @@
 //! `quantize_blockwise`: flattened blocks to one 8-bit code an element.
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod scalar;
 #[cfg(test)]
 mod tests;
@@ -42,10 +46,14 @@ pub fn quantize_blockwise<T: Element>(
 }
 
 /// Quantizes whole blocks (the last may be short).
-type Kernel<T> = unsafe fn(&[T], &Code8, BlockSize, &mut [u8], &mut [f32]);
+pub(super) type Kernel<T> = unsafe fn(&[T], &Code8, BlockSize, &mut [u8], &mut [f32]);
 
-fn kernel<T: Element>(isa: Isa) -> Kernel<T> {
+pub(super) fn kernel<T: Element>(isa: Isa) -> Kernel<T> {
     match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => avx512::quantize::<T>,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => avx2::quantize::<T>,
         _ => scalar::quantize::<T>,
     }
 }

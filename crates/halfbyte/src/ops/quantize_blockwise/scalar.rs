@@ -3,6 +3,7 @@
 use crate::Element;
 use crate::blocks::BlockSize;
 use crate::code::Code8;
+use crate::code::encode8::nearest;
 use crate::ops::normalize::{self, Normalizer};
 
 pub(super) fn quantize<T: Element>(
@@ -25,9 +26,4 @@ pub(super) fn block<T: Element>(x: &[T], code: &Code8, absmax: f32, out: &mut [u
     for (x, q) in x.iter().zip(out) {
         *q = nearest(code, normalizer.apply(x.to_f32()).clamp(-1.0, 1.0));
     }
-}
-
-/// The nearest code, as the number of borders strictly below (none is below NaN).
-fn nearest(code: &Code8, y: f32) -> u8 {
-    code.midpoints().partition_point(|&m| y > m) as u8
 }

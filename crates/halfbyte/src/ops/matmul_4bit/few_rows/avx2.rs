@@ -13,6 +13,7 @@ impl Kernel for Avx2 {
     type V = __m256;
     /// Byte i of the 16 table entries, in both halves of register i.
     type Table = [__m256i; 4];
+    type Codes = [__m256; GROUP_VECTORS];
     const LANES: usize = 8;
     /// Vector 2 i holds the high nibbles of bytes 4 i.. (lanes 0 to 3) and 16 + 4 i.. (lanes 4 to
     /// 7), vector 2 i + 1 the low ones.
@@ -49,7 +50,7 @@ impl Kernel for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn codes<const PAST_END: bool>(
+    unsafe fn read<const PAST_END: bool>(
         table: [__m256i; 4],
         packed: *const u8,
     ) -> [__m256; GROUP_VECTORS] {
@@ -80,6 +81,11 @@ impl Kernel for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn vector(_: [__m256i; 4], codes: &[__m256; GROUP_VECTORS], i: usize) -> __m256 {
+        codes[i]
+    }
+
+    #[inline(always)]
     unsafe fn scale(units: *const f32, i: usize) -> __m256 {
         // SAFETY: 8 units.
         unsafe {
@@ -91,6 +97,12 @@ impl Kernel for Avx2 {
                 _ => _mm256_permute_ps::<0xFF>(units),
             }
         }
+    }
+
+    #[inline(always)]
+    unsafe fn halves(low: f32, _: f32) -> __m256 {
+        // SAFETY: see `zero`.
+        unsafe { _mm256_set1_ps(low) }
     }
 
     #[inline(always)]

@@ -2,7 +2,7 @@
 //! code up by the low four bits of its lane and ignores the rest, so an index vector needs no
 //! masking.
 
-use super::{GROUP_VECTORS, Kernel, Layout, Line, Product, Sums, finish, pack};
+use super::{Kernel, Layout, Line, Product, Sums, finish, pack};
 use crate::Element;
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -13,6 +13,8 @@ pub(super) struct Avx512;
 impl Kernel for Avx512 {
     type V = __m512;
     type Table = __m512;
+    /// Byte i of each dword lowest.
+    type Codes = [__m512i; 4];
     const LANES: usize = 16;
     /// Vector 2 i holds the high nibble of byte i of each lane's dword, 2 i + 1 the low one.
     const CODE_AT: [u8; 128] = {
@@ -27,7 +29,7 @@ impl Kernel for Avx512 {
     const SCALES: usize = 1;
     const WEIGHT_ROWS: usize = 3;
     const ROWS: usize = 8;
-    const DIRECT_ROWS: usize = 3;
+    const DIRECT_ROWS: usize = 4;
 
     #[inline(always)]
     unsafe fn table(table: &[f32; 16]) -> __m512 {
@@ -38,32 +40,28 @@ impl Kernel for Avx512 {
     /// Loads at the four byte offsets take the place of three of the seven shifts: shifts compete
     /// with look-ups and multiply-adds for two ports, loads do not.
     #[inline(always)]
-    unsafe fn codes<const PAST_END: bool>(
-        table: __m512,
-        packed: *const u8,
-    ) -> [__m512; GROUP_VECTORS] {
+    unsafe fn read<const PAST_END: bool>(_: __m512, packed: *const u8) -> [__m512i; 4] {
         // SAFETY: 64 bytes are readable at `packed`, and 3 more if `PAST_END`.
         unsafe {
             let a = _mm512_loadu_si512(packed.cast());
-            let [b, c, d] = if PAST_END {
-                [
-                    _mm512_loadu_si512(packed.add(1).cast()),
-                    _mm512_loadu_si512(packed.add(2).cast()),
-                    _mm512_loadu_si512(packed.add(3).cast()),
-                ]
+            if PAST_END {
+                let b = _mm512_loadu_si512(packed.add(1).cast());
+                let c = _mm512_loadu_si512(packed.add(2).cast());
+                [a, b, c, _mm512_loadu_si512(packed.add(3).cast())]
             } else {
-                [_mm512_srli_epi32::<8>(a), _mm512_srli_epi32::<16>(a), _mm512_srli_epi32::<24>(a)]
-            };
-            [
-                _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(a), table),
-                _mm512_permutexvar_ps(a, table),
-                _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(b), table),
-                _mm512_permutexvar_ps(b, table),
-                _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(c), table),
-                _mm512_permutexvar_ps(c, table),
-                _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(d), table),
-                _mm512_permutexvar_ps(d, table),
-            ]
+                let b = _mm512_srli_epi32::<8>(a);
+                [a, b, _mm512_srli_epi32::<16>(a), _mm512_srli_epi32::<24>(a)]
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn vector(table: __m512, codes: &[__m512i; 4], i: usize) -> __m512 {
+        // SAFETY: see `zero`.
+        unsafe {
+            let byte = codes[i / 2];
+            let nibble = if i % 2 == 0 { _mm512_srli_epi32::<4>(byte) } else { byte };
+            _mm512_permutexvar_ps(nibble, table)
         }
     }
 
@@ -71,6 +69,12 @@ impl Kernel for Avx512 {
     unsafe fn scale(units: *const f32, _: usize) -> __m512 {
         // SAFETY: 16 units.
         unsafe { _mm512_loadu_ps(units) }
+    }
+
+    #[inline(always)]
+    unsafe fn halves(low: f32, high: f32) -> __m512 {
+        // SAFETY: see `zero`.
+        unsafe { _mm512_mask_blend_ps(0xFF00, _mm512_set1_ps(low), _mm512_set1_ps(high)) }
     }
 
     #[inline(always)]
@@ -106,7 +110,28 @@ impl Kernel for Avx512 {
     #[inline(always)]
     unsafe fn sum(v: __m512) -> f32 {
         // SAFETY: see `zero`.
-        unsafe { _mm512_reduce_add_ps(v) }
+        unsafe {
+            let [a, ..] = Self::sum4([v; 4]);
+            a
+        }
+    }
+    #[inline(always)]
+    unsafe fn sum4([a, b, c, d]: [__m512; 4]) -> [f32; 4] {
+        let mut sums = [0.0; 4];
+        // SAFETY: see `zero`; 4 floats.
+        unsafe {
+            // Each quarter: a, b, a, b, half summed; then a, b, c, d, summed; then the quarters.
+            let ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+            let cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+            let low = _mm512_shuffle_ps::<0b01_00_01_00>(ab, cd);
+            let high = _mm512_shuffle_ps::<0b11_10_11_10>(ab, cd);
+            let all = _mm512_add_ps(low, high);
+            let half = _mm512_extractf32x8_ps::<1>(all);
+            let all = _mm256_add_ps(_mm512_castps512_ps256(all), half);
+            let half = _mm256_extractf128_ps::<1>(all);
+            _mm_storeu_ps(sums.as_mut_ptr(), _mm_add_ps(_mm256_castps256_ps128(all), half));
+        }
+        sums
     }
     #[inline(always)]
     unsafe fn prefetch(at: *const u8) {

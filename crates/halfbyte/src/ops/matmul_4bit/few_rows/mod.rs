@@ -11,9 +11,10 @@
 //! Liberties taken with it:
 //! 1. Codes are decoded a *group* of 8 vectors at a time, in the lane order that costs the fewest
 //!    instructions ([`Kernel::CODE_AT`]); the activations are put into the same order once a call.
-//! 2. A scale is looked up once per block and spread to one float32 for each *unit* of 8 codes
-//!    (4 bytes). Nested scales go through a table of the 256 values that the second level's
-//!    current block can take.
+//! 2. In the usual case, blocks of 64 that start where rows start, scales are read where they
+//!    stand ([`Halves`]) or looked up in tables of the 256 values that a second-level block can
+//!    take ([`Tabulated`]). Otherwise they are first spread, one float32 for each *unit* of 8
+//!    codes, that is 4 packed bytes ([`Units`]).
 //! 3. For the fewest rows ([`Kernel::DIRECT_ROWS`]) decoded codes stay in registers and the scale
 //!    multiplies the unit's partial sum. For more rows a tile of the weight is decoded into the
 //!    first-level cache and multiplied by all rows from there.
@@ -40,10 +41,12 @@ mod tests;
 
 use super::{Weight4, scalar};
 use crate::Element;
+use crate::blocks::BlockSize;
 use crate::isa::Isa;
-use crate::ops::Scales;
+use crate::ops::{NestedScales, Scales};
 use crate::threads::{self, Chunks, Shared};
 use std::cell::Cell;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 /// The most rows for which this way beats the general product.
@@ -55,14 +58,15 @@ const UNIT: usize = 8;
 const GROUP_VECTORS: usize = 8;
 /// Output features per block of a task: their running sums stay in the caches.
 const BLOCK: usize = 48;
-/// Codes of a weight row per tile: with the activations' tile it fits the first-level cache.
+/// Codes of a weight row per tile, at most.
 const TILE: usize = 1024;
-/// The same for more than 8 rows.
-const NARROW_TILE: usize = 512;
-/// Units whose scales are spread at a time in the direct way: 16 KiB of the first-level cache.
-const SPREAD_UNITS: usize = 4096;
-/// Codes of a weight row per step of the direct way: two rows' scales are spread at a time.
-const SEGMENT: usize = SPREAD_UNITS / 2 * UNIT;
+/// Activations of a tile, all rows': half of the first-level cache, which holds the weight's tile
+/// and the running sums besides.
+const TILE_FLOATS: usize = 6144;
+/// Activations of a stretch of the direct way, all rows': less than the first-level cache.
+const SEGMENT: usize = 8192;
+/// Tables of second-level blocks that are kept; a power of two.
+const TABLES: usize = 4;
 /// Reordered activations of one pass over the weight: at most 1 MiB (or one row, if longer).
 const PASS_FLOATS: usize = 1 << 18;
 /// Multiply-adds worth a task of its own, about 5 us.
@@ -110,16 +114,20 @@ trait Kernel: Sized {
     const DIRECT_ROWS: usize;
     /// The decoding table, in registers.
     type Table: Copy;
+    /// A group as read.
+    type Codes: Copy;
 
     unsafe fn table(table: &[f32; 16]) -> Self::Table;
-    /// Decodes the `GROUP / 2` bytes at `packed`. `PAST_END` permits reading 3 bytes more.
-    unsafe fn codes<const PAST_END: bool>(
-        table: Self::Table,
-        packed: *const u8,
-    ) -> [Self::V; GROUP_VECTORS];
+    /// Reads the `GROUP / 2` bytes at `packed`. `PAST_END` permits reading 3 bytes more.
+    unsafe fn read<const PAST_END: bool>(table: Self::Table, packed: *const u8) -> Self::Codes;
+    /// The decoded vector `i` of a group. A function of its own, so that look-ups and multiply-adds
+    /// alternate: all look-ups first would fill the scheduler with waiting multiply-adds.
+    unsafe fn vector(table: Self::Table, codes: &Self::Codes, i: usize) -> Self::V;
     /// Lane by lane, the scales of the vectors that take scale vector `i`, from the `LANES` units'
     /// scales at `units`.
     unsafe fn scale(units: *const f32, i: usize) -> Self::V;
+    /// The scales of a group whose first 64 codes have the scale `low`, the rest (if any) `high`.
+    unsafe fn halves(low: f32, high: f32) -> Self::V;
 
     unsafe fn zero() -> Self::V;
     unsafe fn load(from: *const f32) -> Self::V;
@@ -130,6 +138,12 @@ trait Kernel: Sized {
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
     /// The sum of all lanes.
     unsafe fn sum(v: Self::V) -> f32;
+    /// The sums of all lanes of four vectors, each as any other time.
+    unsafe fn sum4(v: [Self::V; 4]) -> [f32; 4] {
+        let [a, b, c, d] = v;
+        // SAFETY: the caller's promise.
+        unsafe { [Self::sum(a), Self::sum(b), Self::sum(c), Self::sum(d)] }
+    }
     /// Fetches a line of the packed weight ahead of its use. Any address will do.
     unsafe fn prefetch(at: *const u8);
     /// `LANES` elements as float32.
@@ -298,12 +312,12 @@ unsafe impl Sync for Product<'_> {}
 
 /// A buffer on the stack, aligned to cache lines, written before it is read.
 #[repr(align(64))]
-struct Buffer<const N: usize>(std::mem::MaybeUninit<[f32; N]>);
+struct Buffer<const N: usize>(MaybeUninit<[f32; N]>);
 
 impl<const N: usize> Buffer<N> {
     #[inline(always)]
     const fn new() -> Self {
-        Self(std::mem::MaybeUninit::uninit())
+        Self(MaybeUninit::uninit())
     }
 
     #[inline(always)]
@@ -349,14 +363,15 @@ impl Product<'_> {
     /// As for [`Kernel`]; `x` is as [`pack`] left it.
     #[inline(always)]
     unsafe fn block<K: Kernel>(&self, features: Range<usize>, sums: &mut Sums) {
-        let mut scales = UnitScales::new(self.weight, features.len());
+        let mut scales = ScaleReader::new(self.weight);
         // SAFETY: the caller's promises.
         unsafe {
             if self.weight.in_features % UNIT == 0 && self.layout.rows <= K::DIRECT_ROWS {
                 match self.layout.rows {
                     1 => self.direct::<K, 1>(&mut scales, features, sums),
                     2 if K::DIRECT_ROWS >= 2 => self.direct::<K, 2>(&mut scales, features, sums),
-                    _ if K::DIRECT_ROWS >= 3 => self.direct::<K, 3>(&mut scales, features, sums),
+                    3 if K::DIRECT_ROWS >= 3 => self.direct::<K, 3>(&mut scales, features, sums),
+                    _ if K::DIRECT_ROWS >= 4 => self.direct::<K, 4>(&mut scales, features, sums),
                     _ => unreachable!("at most DIRECT_ROWS"),
                 }
             } else {
@@ -365,113 +380,158 @@ impl Product<'_> {
         }
     }
 
-    /// Liberty 3, first way: a pair of weight rows at a time.
+    /// Liberty 3, first way: a pair of weight rows at a time, over a stretch of codes for which the
+    /// activations fit the first-level cache.
     ///
     /// # Safety
     /// As for [`block`](Self::block); `M` is the number of rows and `in_features` a multiple of 8.
     #[inline(always)]
     unsafe fn direct<K: Kernel, const M: usize>(
         &self,
-        scales: &mut UnitScales<'_>,
+        scales: &mut ScaleReader<'_>,
         features: Range<usize>,
         sums: &mut Sums,
     ) {
         let k = self.weight.in_features;
-        let mut units = Buffer::<SPREAD_UNITS>::new();
-        // Short rows' scales are spread several pairs at a time.
-        let pairs = if k <= SEGMENT { SEGMENT / k.max(1) } else { 1 };
-        for start in features.clone().step_by(2 * pairs) {
-            let end = features.end.min(start + 2 * pairs);
-            // SAFETY: the caller's promises; the pairs' units fit the buffer.
-            unsafe {
-                if k <= SEGMENT {
-                    let units = units.part(0, (end - start) * k / UNIT);
-                    scales.fill::<K>(start * k, units);
-                }
-                for o in (start..end).step_by(2) {
-                    let units = (units.ptr(), (o - start) * k / UNIT);
-                    let at = o - features.start;
-                    if o + 2 <= end {
-                        self.direct_rows::<K, M, 2>(scales, o, units, at, sums);
+        let segment = SEGMENT / M / 128 * 128;
+        // The sums so far of each feature, `M` vectors of at most 16 lanes.
+        let mut acc = Buffer::<{ 4 * BLOCK * 16 }>::new();
+        let acc = acc.ptr();
+        // SAFETY: the caller's promises; `acc` has room for `M <= 4` vectors for each feature.
+        unsafe {
+            for i in 0..features.len() * M {
+                K::store(acc.add(i * K::LANES), K::zero());
+            }
+            for start in (0..k).step_by(segment) {
+                let codes = start..k.min(start + segment);
+                scales.rewind();
+                let mut o = features.start;
+                while o < features.end {
+                    let acc = acc.add((o - features.start) * M * K::LANES);
+                    if o + 2 <= features.end {
+                        self.direct_rows::<K, M, 2>(scales, o, codes.clone(), acc);
+                        o += 2;
                     } else {
-                        self.direct_rows::<K, M, 1>(scales, o, units, at, sums);
+                        self.direct_rows::<K, M, 1>(scales, o, codes.clone(), acc);
+                        o += 1;
                     }
+                }
+            }
+            for m in 0..M {
+                let fours = features.len().div_ceil(4);
+                for (i, sums) in sums.0[m].as_chunks_mut::<4>().0[..fours].iter_mut().enumerate() {
+                    let mut four = [K::zero(); 4];
+                    for (j, v) in four.iter_mut().enumerate() {
+                        let i = (i * 4 + j).min(features.len() - 1);
+                        *v = K::load(acc.add((i * M + m) * K::LANES));
+                    }
+                    *sums = K::sum4(four);
                 }
             }
         }
     }
 
     /// # Safety
-    /// As for [`direct`](Self::direct), for the weight rows `o..o + R`; if rows are at most
-    /// `SEGMENT` long, the units' scales are at `units.0`, from `units.1` on.
+    /// As for [`direct`](Self::direct), for `codes` of the weight rows `o..o + R`, which start at a
+    /// group and are at most `SEGMENT`; `sums` has `M` vectors for each weight row.
     #[inline(always)]
     unsafe fn direct_rows<K: Kernel, const M: usize, const R: usize>(
         &self,
-        scales: &mut UnitScales<'_>,
+        scales: &mut ScaleReader<'_>,
         o: usize,
-        units: (*mut f32, usize),
-        at: usize,
-        sums: &mut Sums,
+        codes: Range<usize>,
+        sums: *mut f32,
     ) {
         let k = self.weight.in_features;
-        // SAFETY: per step below.
+        let first = o * k + codes.start; // in the flattened weight
+        // SAFETY: the caller's promises; each way's scales are those of the rows' codes.
         unsafe {
-            let table = K::table(self.weight.table);
             let mut acc = [[K::zero(); R]; M];
-            for start in (0..k).step_by(SEGMENT) {
-                let len = SEGMENT.min(k - start);
-                let (whole, rest) = (len / K::GROUP, len % K::GROUP);
-                let (units, stride) = if k <= SEGMENT {
-                    (units.0.add(units.1), k / UNIT)
-                } else {
-                    for r in 0..R {
-                        let units = units.0.add(r * (SEGMENT / UNIT));
-                        let units = std::slice::from_raw_parts_mut(units, len / UNIT);
-                        scales.fill::<K>((o + r) * k + start, units);
-                    }
-                    (units.0, SEGMENT / UNIT)
-                };
-                let mut rows = Rows {
-                    packed: self.weight.packed.as_ptr().add((o * k + start) / 2),
-                    row_bytes: k / 2,
-                    units,
-                    row_units: stride,
-                    x: self.x.add(self.layout.at(0, start / K::GROUP)),
-                };
-                // Three bytes past a group are the row's, but for its last group.
-                for _ in 1..whole {
-                    rows.group::<K, M, R, true>(table, &mut acc);
-                    rows.packed = rows.packed.add(K::GROUP / 2);
-                    rows.units = rows.units.add(K::LANES);
-                    rows.x = rows.x.add(K::GROUP * M);
+            let lanes = |r: usize, m: usize| sums.add((r * M + m) * K::LANES);
+            for m in 0..M {
+                for r in 0..R {
+                    acc[m][r] = K::load(lanes(r, m));
                 }
-                if whole > 0 {
-                    rows.group::<K, M, R, false>(table, &mut acc);
-                    rows.packed = rows.packed.add(K::GROUP / 2);
-                    rows.units = rows.units.add(K::LANES);
-                    rows.x = rows.x.add(K::GROUP * M);
+            }
+            match scales.way {
+                Way::Halves(absmax) => {
+                    let halves = Halves { scales: absmax[first / 64..].as_ptr(), stride: k / 64 };
+                    self.direct_codes::<K, M, R, _>(o, codes, halves, &mut acc);
                 }
-                if rest > 0 {
-                    // Copies padded with zeros, codes and scales, meet zeros in `x`.
-                    let mut bytes = [[0u8; 64]; R];
-                    let mut scales = [[0.0f32; 16]; R];
+                Way::Tabulated(nested) => {
+                    let stride = k / 64;
+                    let first = first / 64;
+                    let indices = &nested.absmax[first..][..(R - 1) * stride + codes.len() / 64];
+                    let tables = scales.tabulate(nested, first..first + indices.len());
+                    let indices = indices.as_ptr();
+                    let tabulated = Tabulated { indices, first, stride, tables };
+                    self.direct_codes::<K, M, R, _>(o, codes, tabulated, &mut acc);
+                }
+                Way::Units => {
+                    let mut units = Buffer::<{ 2 * SEGMENT / UNIT }>::new();
                     for r in 0..R {
-                        let packed = rows.packed.add(r * rows.row_bytes);
-                        packed.copy_to_nonoverlapping(bytes[r].as_mut_ptr(), rest / 2);
-                        let units = rows.units.add(r * rows.row_units);
-                        units.copy_to_nonoverlapping(scales[r].as_mut_ptr(), rest / UNIT);
+                        let units = units.part(r * (SEGMENT / UNIT), codes.len() / UNIT);
+                        scales.fill_units::<K>(first + r * k, units);
                     }
-                    rows.packed = bytes.as_ptr().cast();
-                    rows.row_bytes = 64;
-                    rows.units = scales.as_ptr().cast();
-                    rows.row_units = 16;
-                    rows.group::<K, M, R, false>(table, &mut acc);
+                    let units = Units { scales: units.ptr(), stride: SEGMENT / UNIT };
+                    self.direct_codes::<K, M, R, _>(o, codes, units, &mut acc);
                 }
             }
             for m in 0..M {
                 for r in 0..R {
-                    sums.0[m][at + r] = K::sum(acc[m][r]);
+                    K::store(lanes(r, m), acc[m][r]);
                 }
+            }
+        }
+    }
+
+    /// # Safety
+    /// As for [`direct`](Self::direct), for `codes` of the weight rows `o..o + R`, which start at a
+    /// group; `scales` has theirs.
+    #[inline(always)]
+    unsafe fn direct_codes<K: Kernel, const M: usize, const R: usize, S: Scaling>(
+        &self,
+        o: usize,
+        codes: Range<usize>,
+        scales: S,
+        acc: &mut [[K::V; R]; M],
+    ) {
+        let k = self.weight.in_features;
+        let (whole, rest) = (codes.len() / K::GROUP, codes.len() % K::GROUP);
+        // SAFETY: per step below.
+        unsafe {
+            let table = K::table(self.weight.table);
+            let packed = self.weight.packed.as_ptr().add((o * k + codes.start) / 2);
+            let x = self.x.add(self.layout.at(0, codes.start / K::GROUP));
+            let rows = Rows::<K, S> { table, packed, row_bytes: k / 2, x, scales };
+            // Groups with 3 bytes after them, in the last of the rows.
+            let readable = self.weight.packed.len() - ((o + R - 1) * k + codes.start) / 2;
+            let inner = whole.min(readable.saturating_sub(3) / (K::GROUP / 2));
+            for g in 0..inner {
+                rows.group::<M, R, true>(g, acc);
+            }
+            for g in inner..whole {
+                rows.group::<M, R, false>(g, acc);
+            }
+            if rest > 0 {
+                // Copies padded with zeros, codes and scales, meet zeros in `x`.
+                let mut bytes = [[0u8; 64]; R];
+                let mut units = [[0.0f32; 16]; R];
+                for r in 0..R {
+                    let packed = packed.add(r * (k / 2) + whole * K::GROUP / 2);
+                    packed.copy_to_nonoverlapping(bytes[r].as_mut_ptr(), rest / 2);
+                    for (i, unit) in units[r].iter_mut().take(rest / UNIT).enumerate() {
+                        *unit = rows.scales.unit(r, whole * K::LANES + i);
+                    }
+                }
+                let rows = Rows::<K, Units> {
+                    table,
+                    packed: bytes.as_ptr().cast(),
+                    row_bytes: 64,
+                    x: x.add(whole * K::GROUP * M),
+                    scales: Units { scales: units.as_ptr().cast(), stride: 16 },
+                };
+                rows.group::<M, R, false>(0, acc);
             }
         }
     }
@@ -483,7 +543,7 @@ impl Product<'_> {
     #[inline(always)]
     unsafe fn tiled<K: Kernel>(
         &self,
-        scales: &mut UnitScales<'_>,
+        scales: &mut ScaleReader<'_>,
         features: Range<usize>,
         sums: &mut Sums,
     ) {
@@ -493,11 +553,13 @@ impl Product<'_> {
         let (k, rows) = (self.weight.in_features, self.layout.rows);
         let mut acc = Buffer::<{ MAX_ROWS * BLOCK * 16 }>::new();
         let mut tile = Buffer::<{ 4 * TILE }>::new();
+        let mut units = Buffer::<{ BLOCK * TILE / UNIT }>::new();
         let (acc, tile) = (acc.ptr(), tile.ptr());
-        let width = if rows > 8 { NARROW_TILE } else { TILE };
+        let width = (TILE_FLOATS / rows / 128 * 128).min(TILE);
         let padded = features.len().next_multiple_of(K::WEIGHT_ROWS);
-        // Lanes of row `m` of feature `i` of the block.
-        let lanes = |i: usize, m: usize| (i * rows + m) * K::LANES;
+        // The lanes of the `WEIGHT_ROWS` features from `i` on for rows from `m` on: a row's features
+        // side by side.
+        let lanes = |i: usize, m: usize| (i * rows + m * K::WEIGHT_ROWS) * K::LANES;
         // SAFETY: per step below; `acc` holds `LANES <= 16` floats for `padded <= BLOCK` features
         // of `rows <= MAX_ROWS` rows, `tile` `WEIGHT_ROWS <= 4` rows of `width` codes.
         unsafe {
@@ -506,115 +568,181 @@ impl Product<'_> {
             }
             for start in (0..k).step_by(width) {
                 let codes = start..k.min(start + width);
-                let vectors = codes.len().div_ceil(K::GROUP) * GROUP_VECTORS;
+                let groups = codes.len().div_ceil(K::GROUP);
+                // All features' scales are decoded before the first is read: a read soon after
+                // narrower writes waits for them to reach the cache.
+                let scaling = match scales.way {
+                    Way::Units => {
+                        let stride = groups * K::LANES;
+                        for i in 0..features.len() {
+                            let units = units.part(i * stride, codes.len().div_ceil(UNIT));
+                            scales.fill_units::<K>((features.start + i) * k + start, units);
+                        }
+                        TileScales::Units(Units { scales: units.ptr(), stride })
+                    }
+                    Way::Halves(absmax) => {
+                        let absmax = &absmax[(features.start * k + start) / 64..];
+                        TileScales::Halves(Halves { scales: absmax.as_ptr(), stride: k / 64 })
+                    }
+                    Way::Tabulated(_) => {
+                        let stride = codes.len() / 64;
+                        for i in 0..features.len() {
+                            let halves = units.part(i * stride, stride);
+                            scales.decode(((features.start + i) * k + start) / 64, halves);
+                        }
+                        TileScales::Halves(Halves { scales: units.ptr(), stride })
+                    }
+                };
                 for i in (0..padded).step_by(K::WEIGHT_ROWS) {
-                    for r in 0..K::WEIGHT_ROWS {
-                        // Past the block's end its last row stands in; the sums go unread.
-                        let o = (features.start + i + r).min(features.end - 1);
-                        self.decode::<K>(scales, o, codes.clone(), tile.add(r * K::LANES));
+                    match scaling {
+                        TileScales::Units(scales) => {
+                            self.decode::<K, _>(&features, i, codes.clone(), scales, tile);
+                        }
+                        TileScales::Halves(scales) => {
+                            self.decode::<K, _>(&features, i, codes.clone(), scales, tile);
+                        }
                     }
                     for m in (0..rows).step_by(self.layout.batch) {
                         let x = self.x.add(self.layout.at(m, start / K::GROUP));
                         let acc = acc.add(lanes(i, m));
                         let fresh = start == 0;
-                        dot::<K>(self.layout.batch_rows(m), x, tile, vectors, acc, rows, fresh);
+                        let vectors = groups * GROUP_VECTORS;
+                        dot::<K>(self.layout.batch_rows(m), x, tile, vectors, acc, fresh);
                     }
                 }
             }
-            for i in 0..features.len() {
-                for m in 0..rows {
-                    sums.0[m][i] = K::sum(K::load(acc.add(lanes(i, m))));
+            for m in 0..rows {
+                let fours = features.len().div_ceil(4);
+                for (i, sums) in sums.0[m].as_chunks_mut::<4>().0[..fours].iter_mut().enumerate() {
+                    let mut four = [K::zero(); 4];
+                    for (j, v) in four.iter_mut().enumerate() {
+                        let i = (i * 4 + j).min(padded - 1);
+                        let r = i % K::WEIGHT_ROWS;
+                        *v = K::load(acc.add(lanes(i - r, m) + r * K::LANES));
+                    }
+                    *sums = K::sum4(four);
                 }
             }
         }
     }
 
-    /// Decodes `codes` of weight row `o`, scales applied: vector `v` goes to
-    /// `to + v * WEIGHT_ROWS * LANES`.
+    /// Decodes `codes` of `WEIGHT_ROWS` of the `features` from number `i` on, scales applied, to a
+    /// tile: vector by vector, and row by row within.
     ///
     /// # Safety
-    /// As for [`block`](Self::block); `codes` starts at a group and is no longer than `TILE`; `to`
-    /// has room for `WEIGHT_ROWS` rows of its groups, counted from the first row's start.
+    /// As for [`block`](Self::block); `codes` starts at a group and is no longer than `TILE`; row
+    /// `i` of `scales` has the scales of feature `i`; `tile` has room.
     #[inline(always)]
-    unsafe fn decode<K: Kernel>(
+    unsafe fn decode<K: Kernel, S: Scaling>(
         &self,
-        scales: &mut UnitScales<'_>,
-        o: usize,
+        features: &Range<usize>,
+        i: usize,
         codes: Range<usize>,
-        to: *mut f32,
+        scales: S,
+        tile: *mut f32,
     ) {
         let weight = self.weight;
-        let start = o * weight.in_features + codes.start; // in the flattened weight
         let len = codes.len();
         let (whole, rest) = (len / K::GROUP, len % K::GROUP);
-        let mut units = Buffer::<{ TILE / UNIT }>::new();
-        let units = units.ptr();
-        let mut shifted = [0u8; TILE / 2];
-        let bytes = &weight.packed[start / 2..(start + len).div_ceil(2)];
-        let bytes = if start % 2 == 0 {
-            bytes
-        } else {
-            // The row starts in a low nibble.
-            let next = bytes[1..].iter().copied().chain([0]);
-            for ((to, a), b) in shifted.iter_mut().zip(bytes).zip(next) {
-                *to = a << 4 | b >> 4;
+        let group_floats = GROUP_VECTORS * K::WEIGHT_ROWS * K::LANES;
+        let mut shifted = [[MaybeUninit::uninit(); TILE / 2]; 4];
+        // For each row: its number among the features, its start in the flattened weight, its
+        // bytes. Past the end the last feature stands in; the sums go unread.
+        let mut rows: [(usize, usize, &[u8]); 4] = [(0, 0, &[]); 4];
+        // Groups with 3 bytes after them in every row.
+        let mut inner = whole;
+        for (r, (row, shifted)) in rows.iter_mut().zip(&mut shifted).enumerate() {
+            if r < K::WEIGHT_ROWS {
+                let i = (i + r).min(features.len() - 1);
+                let start = (features.start + i) * weight.in_features + codes.start;
+                let bytes = &weight.packed[start / 2..];
+                let bytes = if start % 2 == 0 { bytes } else { shift(bytes, len, shifted) };
+                *row = (i, start, bytes);
+                inner = inner.min(bytes.len().saturating_sub(3) / (K::GROUP / 2));
             }
-            &shifted[..len.div_ceil(2)]
-        };
+        }
         // SAFETY: per step below.
         unsafe {
-            let spread = std::slice::from_raw_parts_mut(units, len.div_ceil(UNIT));
-            scales.fill::<K>(start, spread);
             let table = K::table(weight.table);
-            let stride = K::WEIGHT_ROWS * K::LANES;
-            let packed = bytes.as_ptr();
-            for g in 0..whole {
-                let packed = packed.add(g * K::GROUP / 2);
-                K::prefetch(packed.wrapping_add(K::WEIGHT_ROWS * weight.in_features / 2));
-                let units = units.add(g * K::LANES);
-                let to = to.add(g * GROUP_VECTORS * stride);
-                // Three bytes past a group are the next group's.
-                if g + 1 < whole {
-                    decode_group::<K, true>(table, packed, units, to);
-                } else {
-                    decode_group::<K, false>(table, packed, units, to);
+            for g in 0..inner {
+                for (r, &(i, _, bytes)) in rows.iter().enumerate().take(K::WEIGHT_ROWS) {
+                    let packed = bytes.as_ptr().add(g * K::GROUP / 2);
+                    K::prefetch(packed.wrapping_add(K::WEIGHT_ROWS * weight.in_features / 2));
+                    let to = tile.add(g * group_floats + r * K::LANES);
+                    decode_group::<K, S, true>(table, packed, scales, (i, g), to);
                 }
             }
-            if rest > 0 {
-                let mut padded = [0u8; 64];
-                let bytes = &bytes[whole * K::GROUP / 2..];
-                padded[..bytes.len()].copy_from_slice(bytes);
-                for unit in len.div_ceil(UNIT)..(whole + 1) * K::LANES {
-                    *units.add(unit) = 0.0;
+            for (r, &(i, start, bytes)) in rows.iter().enumerate().take(K::WEIGHT_ROWS) {
+                let tile = tile.add(r * K::LANES);
+                for g in inner..whole {
+                    let packed = bytes.as_ptr().add(g * K::GROUP / 2);
+                    let to = tile.add(g * group_floats);
+                    decode_group::<K, S, false>(table, packed, scales, (i, g), to);
                 }
-                let units = units.add(whole * K::LANES);
-                let to = to.add(whole * GROUP_VECTORS * stride);
-                decode_group::<K, false>(table, padded.as_ptr(), units, to);
-                for i in 0..K::GROUP {
-                    if K::CODE_AT[i] as usize >= rest {
-                        *to.add(i / K::LANES * stride + i % K::LANES) = 0.0;
+                if rest > 0 {
+                    let mut padded = [0u8; 64];
+                    let bytes = &bytes[whole * K::GROUP / 2..len.div_ceil(2)];
+                    padded[..bytes.len()].copy_from_slice(bytes);
+                    let mut units = [0.0f32; 16];
+                    for (u, unit) in units.iter_mut().take(rest.div_ceil(UNIT)).enumerate() {
+                        *unit = scales.unit(i, whole * K::LANES + u);
+                    }
+                    let units = Units { scales: units.as_ptr(), stride: 0 };
+                    let to = tile.add(whole * group_floats);
+                    decode_group::<K, _, false>(table, padded.as_ptr(), units, (0, 0), to);
+                    for i in 0..K::GROUP {
+                        if K::CODE_AT[i] as usize >= rest {
+                            let vector = i / K::LANES * K::WEIGHT_ROWS;
+                            *to.add(vector * K::LANES + i % K::LANES) = 0.0;
+                        }
                     }
                 }
-            }
-            if start % UNIT != 0 {
-                // Liberty 4: codes of a unit behind a border have the next block's scale.
-                let block = weight.blocks.blocksize().get();
-                for border in (start.next_multiple_of(block)..start + len).step_by(block) {
-                    let first = border - start;
-                    let mut scale = [0.0];
-                    weight.scales.decode(border / block, &mut scale);
-                    for code in first..first.next_multiple_of(UNIT).min(len) {
-                        let byte = bytes[code / 2];
-                        let q = if code % 2 == 0 { byte >> 4 } else { byte & 0x0F };
-                        let i = position::<K>(code % K::GROUP);
-                        let vector = code / K::GROUP * GROUP_VECTORS + i / K::LANES;
-                        *to.add(vector * stride + i % K::LANES) =
-                            weight.table[q as usize] * scale[0];
-                    }
+                if start % UNIT != 0 {
+                    self.decode_borders::<K>(start, len, bytes, tile);
                 }
             }
         }
     }
+
+    /// Liberty 4: codes of a unit behind a border have the next block's scale.
+    ///
+    /// # Safety
+    /// `tile` is a row of `len` codes from `start` on in the flattened weight, which are `bytes`.
+    unsafe fn decode_borders<K: Kernel>(
+        &self,
+        start: usize,
+        len: usize,
+        bytes: &[u8],
+        tile: *mut f32,
+    ) {
+        let weight = self.weight;
+        let block = weight.blocks.blocksize().get();
+        for border in (start.next_multiple_of(block)..start + len).step_by(block) {
+            let first = border - start;
+            let mut scale = [0.0];
+            weight.scales.decode(border / block, &mut scale);
+            for code in first..first.next_multiple_of(UNIT).min(len) {
+                let byte = bytes[code / 2];
+                let q = if code % 2 == 0 { byte >> 4 } else { byte & 0x0F };
+                let i = position::<K>(code % K::GROUP);
+                let vector = code / K::GROUP * GROUP_VECTORS + i / K::LANES;
+                let at = vector * K::WEIGHT_ROWS * K::LANES + i % K::LANES;
+                // SAFETY: `code` is in the row.
+                unsafe { *tile.add(at) = weight.table[q as usize] * scale[0] };
+            }
+        }
+    }
+}
+
+/// The `len` codes from the low nibble of the first byte on, moved to start in a high one.
+fn shift<'a>(bytes: &[u8], len: usize, to: &'a mut [MaybeUninit<u8>; TILE / 2]) -> &'a [u8] {
+    let next = bytes[1..].iter().copied().chain([0]);
+    let to = &mut to[..len.div_ceil(2)];
+    for ((to, a), b) in to.iter_mut().zip(bytes).zip(next) {
+        to.write(a << 4 | b >> 4);
+    }
+    // SAFETY: all written: `bytes` has at least as many bytes.
+    unsafe { to.assume_init_ref() }
 }
 
 /// The inverse of [`Kernel::CODE_AT`].
@@ -633,55 +761,152 @@ fn position<K: Kernel>(code: usize) -> usize {
     K::CODE_AT.iter().position(|&c| c as usize == code).unwrap_or(0)
 }
 
-/// Where the direct way stands in a few weight rows.
-struct Rows {
-    packed: *const u8,
-    row_bytes: usize,
-    /// The units' scales.
-    units: *const f32,
-    row_units: usize,
-    x: *const f32,
-}
-
-impl Rows {
-    /// Adds a group of `R` weight rows times `M` activation rows to `acc`.
+/// Where the scales of a few weight rows' codes are.
+trait Scaling: Copy {
+    /// The scale of a unit.
     ///
     /// # Safety
-    /// As for [`Kernel`]; `packed` has a group (and 3 bytes, if `PAST_END`) of each row, `units`
-    /// their scales, `x` the group's vectors of `M` rows.
+    /// It exists.
+    unsafe fn unit(self, row: usize, unit: usize) -> f32;
+    /// Distinct scale vectors in a group; vector `v` takes number `v * count / 8`.
+    fn count<K: Kernel>() -> usize;
+    /// Scale vector `i` of a group.
+    ///
+    /// # Safety
+    /// As for [`Kernel`]; all its scales exist.
+    unsafe fn vector<K: Kernel>(self, row: usize, group: usize, i: usize) -> K::V;
+}
+
+/// One float32 for each unit, rows `stride` apart.
+#[derive(Clone, Copy)]
+struct Units {
+    scales: *const f32,
+    stride: usize,
+}
+
+impl Scaling for Units {
     #[inline(always)]
-    unsafe fn group<K: Kernel, const M: usize, const R: usize, const PAST_END: bool>(
+    unsafe fn unit(self, row: usize, unit: usize) -> f32 {
+        // SAFETY: the caller's promise.
+        unsafe { *self.scales.add(row * self.stride + unit) }
+    }
+    #[inline(always)]
+    fn count<K: Kernel>() -> usize {
+        K::SCALES
+    }
+    #[inline(always)]
+    unsafe fn vector<K: Kernel>(self, row: usize, group: usize, i: usize) -> K::V {
+        // SAFETY: the caller's promise.
+        unsafe { K::scale(self.scales.add(row * self.stride + group * K::LANES), i) }
+    }
+}
+
+/// One float32 for each 64 codes, rows `stride` apart.
+#[derive(Clone, Copy)]
+struct Halves {
+    scales: *const f32,
+    stride: usize,
+}
+
+impl Scaling for Halves {
+    #[inline(always)]
+    unsafe fn unit(self, row: usize, unit: usize) -> f32 {
+        // SAFETY: the caller's promise.
+        unsafe { *self.scales.add(row * self.stride + unit / 8) }
+    }
+    #[inline(always)]
+    fn count<K: Kernel>() -> usize {
+        1
+    }
+    #[inline(always)]
+    unsafe fn vector<K: Kernel>(self, row: usize, group: usize, _: usize) -> K::V {
+        let first = group * K::LANES;
+        // SAFETY: the caller's promise.
+        unsafe { K::halves(self.unit(row, first), self.unit(row, first + K::LANES / 2)) }
+    }
+}
+
+/// One index for each 64 codes, rows `stride` apart, into the table of its second-level block.
+#[derive(Clone, Copy)]
+struct Tabulated {
+    indices: *const u8,
+    /// The number of the first index in the weight.
+    first: usize,
+    stride: usize,
+    /// `TABLES` times 256 values.
+    tables: *const f32,
+}
+
+impl Scaling for Tabulated {
+    #[inline(always)]
+    unsafe fn unit(self, row: usize, unit: usize) -> f32 {
+        let i = row * self.stride + unit / 8;
+        let table = (self.first + i) & ((TABLES - 1) << 8);
+        // SAFETY: the caller's promise.
+        unsafe { *self.tables.add(table | *self.indices.add(i) as usize) }
+    }
+    #[inline(always)]
+    fn count<K: Kernel>() -> usize {
+        1
+    }
+    #[inline(always)]
+    unsafe fn vector<K: Kernel>(self, row: usize, group: usize, _: usize) -> K::V {
+        let first = group * K::LANES;
+        // SAFETY: the caller's promise.
+        unsafe { K::halves(self.unit(row, first), self.unit(row, first + K::LANES / 2)) }
+    }
+}
+
+/// What the direct way reads.
+struct Rows<K: Kernel, S> {
+    table: K::Table,
+    /// Rows `row_bytes` apart.
+    packed: *const u8,
+    row_bytes: usize,
+    x: *const f32,
+    scales: S,
+}
+
+impl<K: Kernel, S: Scaling> Rows<K, S> {
+    /// Adds group `g` of `R` weight rows times `M` activation rows to `acc`.
+    ///
+    /// # Safety
+    /// As for [`Kernel`]; the group is there (and 3 bytes after it, if `PAST_END`).
+    #[inline(always)]
+    unsafe fn group<const M: usize, const R: usize, const PAST_END: bool>(
         &self,
-        table: K::Table,
+        g: usize,
         acc: &mut [[K::V; R]; M],
     ) {
-        let per_scale = GROUP_VECTORS / K::SCALES;
+        let per_scale = GROUP_VECTORS / S::count::<K>();
         // SAFETY: the caller's promises.
         unsafe {
-            let mut codes = [[K::zero(); GROUP_VECTORS]; R];
+            let packed = self.packed.add(g * K::GROUP / 2);
+            let x = self.x.add(g * K::GROUP * M);
+            let mut codes = [K::read::<PAST_END>(self.table, packed); R];
             for r in 0..R {
-                let packed = self.packed.add(r * self.row_bytes);
+                let packed = packed.add(r * self.row_bytes);
                 // The same place in the next rows that this thread will come to.
                 K::prefetch(packed.wrapping_add(R * self.row_bytes));
-                codes[r] = K::codes::<PAST_END>(table, packed);
+                codes[r] = K::read::<PAST_END>(self.table, packed);
             }
-            for s in 0..K::SCALES {
+            for s in 0..S::count::<K>() {
                 let mut part = [[K::zero(); R]; M];
                 for i in 0..per_scale {
                     let v = s * per_scale + i;
-                    for m in 0..M {
-                        let x = K::load(self.x.add((v * M + m) * K::LANES));
-                        for r in 0..R {
-                            part[m][r] = if i == 0 {
-                                K::mul(codes[r][v], x)
-                            } else {
-                                K::fma(codes[r][v], x, part[m][r])
+                    for r in 0..R {
+                        let w = K::vector(self.table, &codes[r], v);
+                        for m in 0..M {
+                            let x = K::load(x.add((v * M + m) * K::LANES));
+                            part[m][r] = match i {
+                                0 => K::mul(w, x),
+                                _ => K::fma(w, x, part[m][r]),
                             };
                         }
                     }
                 }
                 for r in 0..R {
-                    let scale = K::scale(self.units.add(r * self.row_units), s);
+                    let scale = self.scales.vector::<K>(r, g, s);
                     for m in 0..M {
                         acc[m][r] = K::fma(part[m][r], scale, acc[m][r]);
                     }
@@ -691,30 +916,39 @@ impl Rows {
     }
 }
 
-/// Decodes a group with its scales.
+/// Where a tile's scales are.
+#[derive(Clone, Copy)]
+enum TileScales {
+    Units(Units),
+    Halves(Halves),
+}
+
+/// Decodes a group of a tile's row, whose scales are at a row and group of `scales`.
 ///
 /// # Safety
-/// As for [`Kernel`]; `packed` has a group (and 3 bytes, if `PAST_END`), `units` its scales, `to`
-/// room for its vectors.
+/// As for [`Kernel`]; `packed` has the group (and 3 bytes more, if `PAST_END`), `to` room for its
+/// vectors.
 #[inline(always)]
-unsafe fn decode_group<K: Kernel, const PAST_END: bool>(
+unsafe fn decode_group<K: Kernel, S: Scaling, const PAST_END: bool>(
     table: K::Table,
     packed: *const u8,
-    units: *const f32,
+    scales: S,
+    (row, group): (usize, usize),
     to: *mut f32,
 ) {
     // SAFETY: the caller's promises.
     unsafe {
-        let codes = K::codes::<PAST_END>(table, packed);
-        for (v, &code) in codes.iter().enumerate() {
-            let scale = K::scale(units, v * K::SCALES / GROUP_VECTORS);
-            K::store(to.add(v * K::WEIGHT_ROWS * K::LANES), K::mul(code, scale));
+        let codes = K::read::<PAST_END>(table, packed);
+        for v in 0..GROUP_VECTORS {
+            let scale = scales.vector::<K>(row, group, v * S::count::<K>() / GROUP_VECTORS);
+            let w = K::mul(K::vector(table, &codes, v), scale);
+            K::store(to.add(v * K::WEIGHT_ROWS * K::LANES), w);
         }
     }
 }
 
 /// Adds `vectors` of `WEIGHT_ROWS` rows of the tile times those of `batch` activation rows to the
-/// lanes at `acc` (or sets them, if `fresh`); a weight row's lanes are for `rows` activation rows.
+/// lanes at `acc`, or sets them, if `fresh`.
 ///
 /// # Safety
 /// As for [`Kernel`]; the buffers hold as much.
@@ -725,7 +959,6 @@ unsafe fn dot<K: Kernel>(
     tile: *const f32,
     vectors: usize,
     acc: *mut f32,
-    rows: usize,
     fresh: bool,
 ) {
     // SAFETY: the caller's promises; `batch` is at most `K::ROWS`.
@@ -734,8 +967,8 @@ unsafe fn dot<K: Kernel>(
             ($($m:literal)*) => {
                 match (batch, K::WEIGHT_ROWS) {
                     $(
-                        ($m, 3) if $m <= K::ROWS => dot_rows::<K, $m, 3>(x, tile, vectors, acc, rows, fresh),
-                        ($m, 4) if $m <= K::ROWS => dot_rows::<K, $m, 4>(x, tile, vectors, acc, rows, fresh),
+                        ($m, 3) if $m <= K::ROWS => dot_rows::<K, $m, 3>(x, tile, vectors, acc, fresh),
+                        ($m, 4) if $m <= K::ROWS => dot_rows::<K, $m, 4>(x, tile, vectors, acc, fresh),
                     )*
                     _ => unreachable!("a batch has 1 to {} rows", K::ROWS),
                 }
@@ -753,13 +986,12 @@ unsafe fn dot_rows<K: Kernel, const M: usize, const R: usize>(
     tile: *const f32,
     vectors: usize,
     acc: *mut f32,
-    rows: usize,
     fresh: bool,
 ) {
     // SAFETY: the caller's promises.
     unsafe {
         let mut sum = [[K::zero(); R]; M];
-        let lanes = |r: usize, m: usize| acc.add((r * rows + m) * K::LANES);
+        let lanes = |r: usize, m: usize| acc.add((m * R + r) * K::LANES);
         if !fresh {
             for m in 0..M {
                 for r in 0..R {
@@ -787,25 +1019,90 @@ unsafe fn dot_rows<K: Kernel, const M: usize, const R: usize>(
     }
 }
 
-/// Reads scales, one for each unit.
-struct UnitScales<'a> {
-    scales: Scales<'a>,
-    block: usize,
-    /// Whether so many scales will be asked for that a table of a second-level block's 256 values
-    /// pays.
-    tabulate: bool,
-    /// The second-level block that `table` is for.
-    second: usize,
-    table: [f32; 256],
+/// How scales reach the kernels.
+#[derive(Clone, Copy)]
+enum Way<'a> {
+    /// [`Halves`], where they stand.
+    Halves(&'a [f32]),
+    /// [`Tabulated`], or decoded to [`Halves`].
+    Tabulated(NestedScales<'a>),
+    /// Spread to [`Units`].
+    Units,
 }
 
-impl<'a> UnitScales<'a> {
-    /// For a block of `features` weight rows.
+/// Reads the scales of the blocks that a task comes to; ascending, where they are tabulated.
+struct ScaleReader<'a> {
+    scales: Scales<'a>,
+    way: Way<'a>,
+    block: usize,
+    /// The second-level blocks before this one have had their tables.
+    tabulated: usize,
+    tables: [f32; TABLES * 256],
+}
+
+impl<'a> ScaleReader<'a> {
     #[inline(always)]
-    fn new(weight: &Weight4<'a>, features: usize) -> Self {
+    fn new(weight: &Weight4<'a>) -> Self {
         let block = weight.blocks.blocksize().get();
-        let tabulate = features * weight.in_features / block >= 256;
-        Self { scales: weight.scales, block, tabulate, second: usize::MAX, table: [0.0; 256] }
+        let k = weight.in_features;
+        let way = match weight.scales {
+            _ if block != 64 || k % 64 != 0 => Way::Units,
+            Scales::Plain(absmax) => Way::Halves(absmax),
+            // Two rows' scales lie in no more second-level blocks than there are tables.
+            Scales::Nested(nested)
+                if nested.blocksize == BlockSize::B256 && 2 * k <= (TABLES - 1) * 256 * 64 =>
+            {
+                Way::Tabulated(nested)
+            }
+            Scales::Nested(_) => Way::Units,
+        };
+        let tables = [0.0; TABLES * 256];
+        Self { scales: weight.scales, way, block, tabulated: 0, tables }
+    }
+
+    /// Starts over from the first scale.
+    #[inline(always)]
+    const fn rewind(&mut self) {
+        self.tabulated = 0;
+    }
+
+    /// Makes sure of the tables for the scales `range`, which spans at most `TABLES` second-level
+    /// blocks.
+    #[inline(always)]
+    fn tabulate(&mut self, nested: NestedScales<'_>, range: Range<usize>) -> *const f32 {
+        let needed = range.end.div_ceil(256);
+        for second in self.tabulated.max(range.start / 256)..needed {
+            let table = &mut self.tables[second % TABLES * 256..][..256];
+            let absmax2 = nested.absmax2[second];
+            for (t, c) in table.iter_mut().zip(nested.code) {
+                *t = c * absmax2 + nested.offset;
+            }
+        }
+        self.tabulated = needed;
+        self.tables.as_ptr()
+    }
+
+    /// Scales `start..start + out.len()`.
+    #[inline(always)]
+    fn decode(&self, start: usize, out: &mut [f32]) {
+        match self.scales {
+            Scales::Plain(absmax) => out.copy_from_slice(&absmax[start..start + out.len()]),
+            Scales::Nested(nested) => {
+                let shift = nested.blocksize.get().trailing_zeros();
+                let mut done = 0;
+                while done < out.len() {
+                    // The scales of one second-level block.
+                    let second = (start + done) >> shift;
+                    let end = (((second + 1) << shift) - start).min(out.len());
+                    let indices = &nested.absmax[start + done..start + end];
+                    let absmax2 = nested.absmax2[second];
+                    for (o, &i) in out[done..end].iter_mut().zip(indices) {
+                        *o = nested.code[i as usize] * absmax2 + nested.offset;
+                    }
+                    done = end;
+                }
+            }
+        }
     }
 
     /// The scales of the units that start at code `start` of the flattened weight; a unit that
@@ -814,96 +1111,24 @@ impl<'a> UnitScales<'a> {
     /// # Safety
     /// As for [`Kernel`].
     #[inline(always)]
-    unsafe fn fill<K: Kernel>(&mut self, start: usize, units: &mut [f32]) {
-        let first = start / self.block;
-        let runs = UnitRuns { block: self.block, start };
-        let last = first + runs.blocks(units.len());
-        // SAFETY: the caller's promises.
-        unsafe {
-            match self.scales {
-                Scales::Plain(absmax) => {
-                    runs.fill::<K>(first, absmax[first..last].iter().copied(), units);
+    unsafe fn fill_units<K: Kernel>(&self, start: usize, units: &mut [f32]) {
+        let mut scales = [0.0; 64];
+        let mut done = 0;
+        while done < units.len() {
+            let first = (start + done * UNIT) / self.block;
+            let last = (start + (units.len() - 1) * UNIT) / self.block;
+            let scales = &mut scales[..(last + 1 - first).min(64)];
+            self.decode(first, scales);
+            for (i, &scale) in scales.iter().enumerate() {
+                let end = ((first + i + 1) * self.block - start).div_ceil(UNIT).min(units.len());
+                let (units, rest) = units[done..end].as_chunks_mut::<8>();
+                for units in units {
+                    // SAFETY: 8 floats.
+                    unsafe { K::splat8(units.as_mut_ptr(), scale) };
                 }
-                Scales::Nested(nested) => {
-                    let shift = nested.blocksize.get().trailing_zeros();
-                    let mut at = first;
-                    while at < last {
-                        // The scales of one second-level block.
-                        let second = at >> shift;
-                        let end = last.min((second + 1) << shift);
-                        let indices = nested.absmax[at..end].iter();
-                        let absmax2 = nested.absmax2[second];
-                        if self.tabulate {
-                            if self.second != second {
-                                self.second = second;
-                                for (t, c) in self.table.iter_mut().zip(nested.code) {
-                                    *t = c * absmax2 + nested.offset;
-                                }
-                            }
-                            let table = &self.table;
-                            runs.fill::<K>(at, indices.map(|&i| table[i as usize]), units);
-                        } else {
-                            let scale = |&i: &u8| nested.code[i as usize] * absmax2 + nested.offset;
-                            runs.fill::<K>(at, indices.map(scale), units);
-                        }
-                        at = end;
-                    }
-                }
+                rest.fill(scale);
+                done = end;
             }
-        }
-    }
-}
-
-/// The units from code `start` of the flattened weight on, as runs of the same block.
-#[derive(Clone, Copy)]
-struct UnitRuns {
-    block: usize,
-    start: usize,
-}
-
-impl UnitRuns {
-    /// The units before those that start in `block`.
-    #[inline(always)]
-    fn before(self, block: usize) -> usize {
-        (block * self.block).saturating_sub(self.start).div_ceil(UNIT)
-    }
-
-    /// In how many blocks the first `units` start.
-    #[inline(always)]
-    fn blocks(self, units: usize) -> usize {
-        match units {
-            0 => 0,
-            _ => (self.start + (units - 1) * UNIT) / self.block - self.start / self.block + 1,
-        }
-    }
-
-    /// Sets the units that start in the blocks from `first` on, whose scales are given.
-    ///
-    /// # Safety
-    /// As for [`Kernel`].
-    #[inline(always)]
-    unsafe fn fill<K: Kernel>(
-        self,
-        first: usize,
-        scales: impl ExactSizeIterator<Item = f32>,
-        units: &mut [f32],
-    ) {
-        let from = self.before(first);
-        let to = self.before(first + scales.len()).min(units.len());
-        let units = &mut units[from..to];
-        if self.block == 64 && self.start % 64 == 0 && units.len() == scales.len() * 8 {
-            // The usual case: a block is 8 units.
-            for (units, scale) in units.as_chunks_mut::<8>().0.iter_mut().zip(scales) {
-                // SAFETY: 8 floats.
-                unsafe { K::splat8(units.as_mut_ptr(), scale) };
-            }
-            return;
-        }
-        for (i, scale) in scales.enumerate() {
-            let end = self.before(first + i + 1) - from;
-            let start = self.before(first + i) - from;
-            let end = end.min(units.len());
-            units[start..end].fill(scale);
         }
     }
 }

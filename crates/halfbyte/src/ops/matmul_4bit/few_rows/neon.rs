@@ -13,6 +13,7 @@ impl Kernel for Neon {
     type V = float32x4_t;
     /// Byte i of the 16 table entries.
     type Table = [uint8x16_t; 4];
+    type Codes = [float32x4_t; GROUP_VECTORS];
     const LANES: usize = 4;
     /// Vector 2 i holds the high nibbles of bytes 4 i.., vector 2 i + 1 the low ones.
     const CODE_AT: [u8; 128] = {
@@ -38,7 +39,7 @@ impl Kernel for Neon {
     }
 
     #[inline(always)]
-    unsafe fn codes<const PAST_END: bool>(
+    unsafe fn read<const PAST_END: bool>(
         table: [uint8x16_t; 4],
         packed: *const u8,
     ) -> [float32x4_t; GROUP_VECTORS] {
@@ -62,9 +63,24 @@ impl Kernel for Neon {
     }
 
     #[inline(always)]
+    unsafe fn vector(
+        _: [uint8x16_t; 4],
+        codes: &[float32x4_t; GROUP_VECTORS],
+        i: usize,
+    ) -> float32x4_t {
+        codes[i]
+    }
+
+    #[inline(always)]
     unsafe fn scale(units: *const f32, i: usize) -> float32x4_t {
         // SAFETY: 4 units, `i < 4`.
         unsafe { vld1q_dup_f32(units.add(i)) }
+    }
+
+    #[inline(always)]
+    unsafe fn halves(low: f32, _: f32) -> float32x4_t {
+        // SAFETY: see `zero`.
+        unsafe { vdupq_n_f32(low) }
     }
 
     #[inline(always)]

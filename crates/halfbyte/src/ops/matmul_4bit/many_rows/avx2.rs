@@ -1,8 +1,9 @@
 //! AVX2: tiles of one line (two registers) by 6 rows. 12 sums, a line and a broadcast fit the 16
 //! registers; 12 fused multiply-adds on 8 loads.
 
-use super::{LANES, Line, Micro, Run};
+use super::{Ahead, LANES, Line, Micro, Run, prefetch};
 use crate::Element;
+#[allow(clippy::wildcard_imports)] // the vocabulary of the file
 use std::arch::x86_64::*;
 
 pub(super) struct Avx2;
@@ -22,12 +23,15 @@ impl Micro for Avx2 {
         panel: &[Line],
         sums: &mut [Line],
         add: bool,
+        ahead: &Ahead,
     ) {
         let mut tile = [[_mm256_setzero_ps(); 2]; REACH];
         let block = block.as_chunks::<LANES>().0;
-        for (rows, lines) in panel.as_chunks::<REACH>().0.iter().zip(block) {
-            for t in 0..LANES {
-                let line = load(&lines[t]);
+        let panel = panel.as_chunks::<REACH>().0;
+        for ((rows, lines), ahead) in panel.iter().zip(block).zip(ahead.steps(panel.len())) {
+            prefetch(ahead);
+            for (t, line) in lines.iter().enumerate() {
+                let line = load(line);
                 for b in 0..REACH {
                     let weight = _mm256_set1_ps(rows[b].0[t]);
                     tile[b][0] = _mm256_fmadd_ps(line[0], weight, tile[b][0]);
@@ -47,13 +51,14 @@ impl Micro for Avx2 {
         // Four bytes are a word. Lane `i` takes nibble `i`, high nibble of each byte first.
         let nibble = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
         let mut at = 0;
-        for (bytes, scale) in run.aligned() {
-            let scale = _mm256_set1_ps(scale);
-            let [a, b] = bytes.as_chunks::<4>().0 else { unreachable!("eight bytes") };
-            let a = look_up(table, _mm256_set1_epi32(i32::from_le_bytes(*a)), nibble);
-            let b = look_up(table, _mm256_set1_epi32(i32::from_le_bytes(*b)), nibble);
-            store(&mut out[at], [_mm256_mul_ps(a, scale), _mm256_mul_ps(b, scale)]);
-            at += stride;
+        for (lines, scale) in run.aligned() {
+            let scaled = table.map(|half| _mm256_mul_ps(half, _mm256_set1_ps(scale)));
+            for bytes in lines {
+                let both = u64::from_le_bytes(*bytes);
+                let words = [both, both >> 32].map(|word| _mm256_set1_epi32(word as i32));
+                store(&mut out[at], words.map(|words| look_up(scaled, words, nibble)));
+                at += stride;
+            }
         }
         // Big-endian: the first code is the highest nibble.
         let nibble = _mm256_setr_epi32(28, 24, 20, 16, 12, 8, 4, 0);

@@ -2,8 +2,9 @@
 //! need no arithmetic port) leave both multiply-add ports busy: 24 fused multiply-adds on 11
 //! loads.
 
-use super::{LANES, Line, Micro, Run};
+use super::{Ahead, LANES, Line, Micro, Run, prefetch};
 use crate::Element;
+#[allow(clippy::wildcard_imports)] // the vocabulary of the file
 use std::arch::x86_64::*;
 
 pub(super) struct Avx512;
@@ -22,11 +23,12 @@ impl Micro for Avx512 {
         panel: &[Line],
         sums: &mut [Line],
         add: bool,
+        ahead: &Ahead,
     ) {
         match lines {
-            3 => tile::<3>(block, stride, panel, sums, add),
-            2 => tile::<2>(block, stride, panel, sums, add),
-            _ => tile::<1>(block, stride, panel, sums, add),
+            3 => tile::<3>(block, stride, panel, sums, add, ahead),
+            2 => tile::<2>(block, stride, panel, sums, add, ahead),
+            _ => tile::<1>(block, stride, panel, sums, add, ahead),
         }
     }
 
@@ -38,12 +40,15 @@ impl Micro for Avx512 {
         let word = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
         let nibble = _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24);
         let mut at = 0;
-        for (bytes, scale) in run.aligned() {
-            let bytes = _mm_cvtsi64_si128(i64::from_le_bytes(*bytes));
-            let words = _mm512_permutexvar_epi32(word, _mm512_castsi128_si512(bytes));
-            let code = _mm512_permutexvar_ps(_mm512_srlv_epi32(words, nibble), table);
-            store(&mut out[at], _mm512_mul_ps(code, _mm512_set1_ps(scale)));
-            at += stride;
+        for (lines, scale) in run.aligned() {
+            let scaled = _mm512_mul_ps(table, _mm512_set1_ps(scale));
+            for bytes in lines {
+                let bytes = _mm_cvtsi64_si128(i64::from_le_bytes(*bytes));
+                let words = _mm512_permutexvar_epi32(word, _mm512_castsi128_si512(bytes));
+                let codes = _mm512_srlv_epi32(words, nibble);
+                store(&mut out[at], _mm512_permutexvar_ps(codes, scaled));
+                at += stride;
+            }
         }
         // Big-endian: the first code is the highest nibble.
         let nibble = _mm512_setr_epi32(28, 24, 20, 16, 12, 8, 4, 0, 28, 24, 20, 16, 12, 8, 4, 0);
@@ -151,12 +156,14 @@ fn tile<const L: usize>(
     panel: &[Line],
     sums: &mut [Line],
     add: bool,
+    ahead: &Ahead,
 ) {
     let panel = panel.as_chunks::<REACH>().0;
     assert!(block.len() >= (L - 1) * stride + panel.len() * LANES && sums.len() == L * REACH);
     let mut tile = [[_mm512_setzero_ps(); REACH]; L];
     let mut lines = block.as_ptr();
-    for rows in panel {
+    for (rows, ahead) in panel.iter().zip(ahead.steps(panel.len())) {
+        prefetch(ahead);
         for t in 0..LANES {
             // SAFETY: `lines` has advanced by 16 per element of `panel`; the furthest line read is
             // `(L - 1) * stride + 16 * panel.len() - 1`, inside the block by the assertion.

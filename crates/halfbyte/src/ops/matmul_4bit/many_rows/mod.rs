@@ -19,10 +19,17 @@
 //!     round the sums to T
 //! ```
 //!
-//! Whichever side is the weight is decoded on its way into the block or panel, so that the
-//! dequantized weight never exists: a thread holds at most [`SCRATCH`] lines, 1 MiB, whatever the
-//! shapes. The forward product decodes rows as they lie and transposes the activations; the
-//! gradient decodes into the lanes side and only widens the gradient. Neither transposes the weight.
+//! Liberties taken with the definition in `scalar.rs`:
+//!
+//! 1. Whichever side is the weight is decoded on its way into the block or panel, once per chunk
+//!    of up to [`MAX_ROWS`] rows, so that the dequantized weight never exists: a thread holds at
+//!    most [`SCRATCH`] lines, 1 MiB, whatever the shapes. The forward product decodes rows as they
+//!    lie and transposes the activations; the gradient decodes into the lanes side and only widens
+//!    the gradient. Neither transposes the weight.
+//! 2. Ends are filled up with zeros: the last 16 of `t` on both sides, lanes and rows of the last
+//!    tile. A product of two zeros adds nothing; lanes and rows past the end are never written.
+//! 3. While one tile is multiplied, what the next panel and block read is asked for ([`Ahead`]).
+//! 4. Sums are fused multiply-adds, `t` cut into stretches.
 //!
 //! The order of summation depends on nothing but `t` and [`DEPTH`], so the bytes are the same for
 //! any number of threads. A stretch is summed by one chain of fused multiply-adds and stretches
@@ -35,9 +42,9 @@
 //!
 //! before the bias (one more rounding) and the rounding to `T`.
 //!
-//! An instruction set supplies [`Micro`]. Apart from it, nothing here knows how a [`Line`] is laid
-//! out inside a block or a panel, beyond their sizes: a processor with matrix tiles (AMX) would
-//! keep bfloat16 pairs in them and bring its own `Micro`.
+//! An instruction set supplies [`Micro`], the seam for a processor with matrix tiles (AMX) too: it
+//! would keep bfloat16 pairs in the same blocks and panels. Only the filling up with zeros and the
+//! transposition of activations, here, count on the layout above.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -62,6 +69,7 @@ use std::ops::Range;
 #[repr(C, align(64))]
 struct Line([f32; LANES]);
 const LANES: usize = 16;
+const CACHE_LINE: usize = 64;
 const _: () = assert!(size_of::<Line>() == 64);
 
 impl Line {
@@ -107,6 +115,7 @@ trait Micro: 'static {
         panel: &[Line],
         sums: &mut [Line],
         add: bool,
+        ahead: &Ahead,
     );
 
     /// Decodes a run, 16 codes to a line, lines `stride` apart; the last is filled up with zeros.
@@ -153,13 +162,18 @@ impl Run<'_> {
         if self.first.is_multiple_of(LANES) { self.len / LANES } else { 0 }
     }
 
-    /// The bytes of those lines, and the scale of each.
-    fn aligned(&self) -> impl Iterator<Item = (&[u8; 8], f32)> {
+    /// The bytes of those lines, a block or less at a time, and the scale of each.
+    #[inline]
+    fn aligned(&self) -> impl Iterator<Item = (&[[u8; 8]], f32)> {
         let start = self.first / 2;
-        let bytes = self.packed[start..start + self.aligned_lines() * 8].as_chunks::<8>().0;
-        let within = self.first & ((1 << self.shift) - 1);
-        let scale = move |i| self.scales[(within + i * LANES) >> self.shift];
-        bytes.iter().enumerate().map(move |(i, bytes)| (bytes, scale(i)))
+        let mut left = self.packed[start..start + self.aligned_lines() * 8].as_chunks::<8>().0;
+        let block = (1 << self.shift) / LANES;
+        let mut now = block - self.first / LANES % block;
+        self.scales.iter().map_while(move |scale| {
+            let (lines, rest) = left.split_at(now.min(left.len()));
+            (now, left) = (block, rest);
+            (!lines.is_empty()).then_some((lines, *scale))
+        })
     }
 
     /// Codes `16 * i ..` of the run.
@@ -193,7 +207,82 @@ impl Run<'_> {
     }
 }
 
+/// Cache lines to ask for during a tile. What is read next comes in pieces too short for the
+/// processor to foresee, and asking for many lines at once would stall it: a tile asks for a few
+/// at every 16 values of `t`.
+struct Ahead {
+    lines: [*const i8; 256],
+    len: usize,
+}
+
+impl Ahead {
+    fn new() -> Self {
+        Self { lines: [std::ptr::null(); 256], len: 0 }
+    }
+
+    fn lines(&self) -> &[*const i8] {
+        &self.lines[..self.len]
+    }
+
+    /// Adds a part of a slice, less what lies outside it.
+    #[inline]
+    fn push<T>(&mut self, slice: &[T], part: Range<usize>) {
+        let Some(slice) = slice.get(part) else { return };
+        let bytes = slice.as_ptr_range();
+        let (start, end) = (bytes.start.cast::<i8>(), bytes.end.cast::<i8>());
+        let mut line = start.wrapping_sub(start.addr() % CACHE_LINE);
+        while line < end && self.len < self.lines.len() {
+            self.lines[self.len] = line;
+            self.len += 1;
+            line = line.wrapping_add(CACHE_LINE);
+        }
+    }
+
+    /// The lines to ask for at each of `groups` points of a tile.
+    #[inline]
+    fn steps(&self, groups: usize) -> impl Iterator<Item = &[*const i8]> {
+        let each = self.len.div_ceil(groups).max(1);
+        self.lines().chunks(each).chain(std::iter::repeat(&[][..]))
+    }
+}
+
+/// Starts bringing cache lines near.
+#[inline]
+fn prefetch(lines: &[*const i8]) {
+    for &line in lines {
+        #[cfg(target_arch = "x86_64")]
+        #[allow(unused_unsafe)] // newer compilers know that it is safe
+        // SAFETY: a hint, of any address whatever.
+        unsafe {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            _mm_prefetch::<_MM_HINT_T0>(line);
+        }
+        #[cfg(target_arch = "aarch64")]
+        // SAFETY: a hint, of any address whatever. (The intrinsic is not stable.)
+        unsafe {
+            std::arch::asm!(
+                "prfm pldl1keep, [{}]",
+                in(reg) line,
+                options(nostack, preserves_flags, readonly)
+            );
+        }
+    }
+}
+
 impl Weight4<'_> {
+    /// Starts bringing codes `columns` of row `o` and their scales into the cache.
+    fn fetch(&self, o: usize, columns: Range<usize>, ahead: &mut Ahead) {
+        let first = o * self.in_features + columns.start;
+        let last = first + columns.len() - 1;
+        let shift = self.blocks.blocksize().get().trailing_zeros();
+        ahead.push(self.packed, first / 2..last / 2 + 1);
+        let scales = first >> shift..(last >> shift) + 1;
+        match &self.scales {
+            Scales::Plain(absmax) => ahead.push(absmax, scales),
+            Scales::Nested(nested) => ahead.push(nested.absmax, scales),
+        }
+    }
+
     /// Decodes codes `columns` of row `o`, 16 to a line.
     fn decode<M: Micro>(&self, o: usize, columns: Range<usize>, out: &mut [Line], stride: usize) {
         let first = o * self.in_features + columns.start;
@@ -245,8 +334,19 @@ trait Product: Sync {
         stride: usize,
         spare: &mut [Line],
     );
+    /// Starts bringing what `fill_block` will read into the cache: steps `steps` of `n`.
+    fn fetch_block(
+        &self,
+        lanes: &Range<usize>,
+        t: &Range<usize>,
+        steps: Range<usize>,
+        n: usize,
+        ahead: &mut Ahead,
+    );
     /// Fills one row of a panel, lines `stride` apart.
     fn fill_row(&self, b: usize, t: Range<usize>, panel: &mut [Line], stride: usize);
+    /// Starts bringing what `fill_row` will read into the cache.
+    fn fetch_row(&self, b: usize, t: Range<usize>, ahead: &mut Ahead);
     /// Writes `line(i, b)`, the sums of lanes `lanes.start + 16 * i ..` and row `b`, to the result.
     fn finish<'a>(
         &self,
@@ -309,8 +409,26 @@ impl<T: Element, M: Micro> Product for Forward<'_, T, M> {
         }
     }
 
+    fn fetch_block(
+        &self,
+        lanes: &Range<usize>,
+        t: &Range<usize>,
+        steps: Range<usize>,
+        n: usize,
+        ahead: &mut Ahead,
+    ) {
+        let k = self.weight.in_features;
+        for m in share(lanes, steps, n) {
+            ahead.push(self.input, m * k + t.start..m * k + t.end);
+        }
+    }
+
     fn fill_row(&self, b: usize, t: Range<usize>, panel: &mut [Line], stride: usize) {
         self.weight.decode::<M>(b, t, panel, stride);
+    }
+
+    fn fetch_row(&self, b: usize, t: Range<usize>, ahead: &mut Ahead) {
+        self.weight.fetch(b, t, ahead);
     }
 
     fn finish<'a>(
@@ -321,15 +439,15 @@ impl<T: Element, M: Micro> Product for Forward<'_, T, M> {
     ) {
         let n = self.weight.out_features;
         let mut square = [Line::ZERO; LANES];
-        for o in broadcast.clone().step_by(LANES) {
-            let columns = o..(o + LANES).min(broadcast.end);
-            let mut bias = Line::ZERO;
-            if let Some(all) = self.bias {
-                for (wide, b) in bias.0.iter_mut().zip(&all[columns.clone()]) {
-                    *wide = b.to_f32();
+        for (i, first) in lanes.clone().step_by(LANES).enumerate() {
+            for o in broadcast.clone().step_by(LANES) {
+                let columns = o..(o + LANES).min(broadcast.end);
+                let mut bias = Line::ZERO;
+                if let Some(all) = self.bias {
+                    for (wide, b) in bias.0.iter_mut().zip(&all[columns.clone()]) {
+                        *wide = b.to_f32();
+                    }
                 }
-            }
-            for (i, first) in lanes.clone().step_by(LANES).enumerate() {
                 let sums = std::array::from_fn(|j| {
                     if j < columns.len() { line(i, o + j) } else { &Line::ZERO }
                 });
@@ -379,12 +497,35 @@ impl<T: Element, M: Micro> Product for GradInput<'_, T, M> {
         stride: usize,
         _: &mut [Line],
     ) {
+        let mut near = Ahead::new();
         for (i, o) in t.clone().enumerate() {
+            // Asked for long ago, these bytes have left L1 if not L2.
+            near.len = 0;
+            self.weight.fetch(o + 3, lanes.clone(), &mut near);
+            prefetch(near.lines());
             self.weight.decode::<M>(o, lanes.clone(), &mut block[i..], stride);
         }
         for line in block.chunks_mut(stride).take(lanes.len().div_ceil(LANES)) {
             line[t.len()..t.len().next_multiple_of(LANES)].fill(Line::ZERO);
         }
+    }
+
+    fn fetch_block(
+        &self,
+        lanes: &Range<usize>,
+        t: &Range<usize>,
+        steps: Range<usize>,
+        n: usize,
+        ahead: &mut Ahead,
+    ) {
+        for o in share(t, steps, n) {
+            self.weight.fetch(o, lanes.clone(), ahead);
+        }
+    }
+
+    fn fetch_row(&self, b: usize, t: Range<usize>, ahead: &mut Ahead) {
+        let n = self.weight.out_features;
+        ahead.push(self.grad_output, b * n + t.start..b * n + t.end);
     }
 
     fn fill_row(&self, b: usize, t: Range<usize>, panel: &mut [Line], stride: usize) {
@@ -475,36 +616,70 @@ fn task<P: Product>(
     let lines = lanes.len().div_ceil(LANES);
     let (block, scratch) = scratch.split_at_mut(lines * STRIDE);
     let (panel, sums) = scratch.split_at_mut(PANEL);
-    let mut start = 0;
-    while start < product.depth() {
-        let t = start..(start + DEPTH).min(product.depth());
+    let panels = broadcast.len().div_ceil(reach);
+    let early = panels - panels.div_ceil(4).max(panels.min(4));
+    let mut fetch = Ahead::new();
+    let stretch = |start: usize| start..(start + DEPTH).min(product.depth());
+    let mut t = stretch(0);
+    while !t.is_empty() {
+        let next = stretch(t.end);
         product.fill_block(lanes.clone(), t.clone(), block, STRIDE, panel);
         let panel = &mut panel[..t.len().div_ceil(LANES) * reach];
-        let sums = sums.chunks_mut(lines * reach);
-        for (first, sums) in broadcast.clone().step_by(reach).zip(sums) {
-            for (i, b) in (first..first + reach).enumerate() {
+        for (p, sums) in sums.chunks_mut(lines * reach).take(panels).enumerate() {
+            for i in 0..reach {
+                let b = broadcast.start + p * reach + i;
                 if b < broadcast.end {
                     product.fill_row(b, t.clone(), &mut panel[i..], reach);
                 } else {
                     panel.iter_mut().skip(i).step_by(reach).for_each(|l| *l = Line::ZERO);
                 }
             }
+            // Rows and columns are too short for the processor to see them coming, and asking for
+            // many at once would stall it: what is needed next is asked for between tiles.
+            let (ahead, ahead_t) = if p + 1 < panels {
+                (broadcast.start + (p + 1) * reach, t.clone())
+            } else {
+                (broadcast.start, next.clone())
+            };
+            let ahead = ahead..(ahead + reach).min(broadcast.end);
             let mut line = 0;
             while line < lines {
                 let now = tile(lines - line, most);
+                fetch.len = 0;
+                if !ahead_t.is_empty() {
+                    for b in share(&ahead, line..line + now, lines) {
+                        product.fetch_row(b, ahead_t.clone(), &mut fetch);
+                    }
+                }
+                if !next.is_empty() && p >= early {
+                    let step = (p - early) * lines + line;
+                    product.fetch_block(
+                        &lanes,
+                        &next,
+                        step..step + now,
+                        (panels - early) * lines,
+                        &mut fetch,
+                    );
+                }
                 let block = &block[line * STRIDE..];
                 let sums = &mut sums[line * reach..][..now * reach];
                 // SAFETY: `M` is of the instruction set that `isa` detected on this machine.
-                unsafe { P::M::multiply(block, STRIDE, now, panel, sums, start > 0) };
+                unsafe { P::M::multiply(block, STRIDE, now, panel, sums, t.start > 0, &fetch) };
                 line += now;
             }
         }
-        start = t.end;
+        t = next;
     }
     product.finish(lanes, broadcast.clone(), |line, b| {
         let b = b - broadcast.start;
         &sums[(b / reach * lines + line) * reach + b % reach]
     });
+}
+
+/// Steps `steps` of the `n` in which a range is worked through.
+fn share(range: &Range<usize>, steps: Range<usize>, n: usize) -> Range<usize> {
+    let at = |step| range.start + range.len() * step / n;
+    at(steps.start)..at(steps.end)
 }
 
 /// Lines of the next tile, of those that are left: a tile of one line is bound by its loads, so
@@ -549,6 +724,8 @@ pub(super) fn forward<T: Element>(
         Isa::Avx512 => with::<T, avx512::Avx512>(input, rows, weight, bias, out),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => with::<T, avx2::Avx2>(input, rows, weight, bias, out),
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => with::<T, neon::Neon>(input, rows, weight, bias, out),
         _ => super::scalar::forward(input, rows, weight, bias, out),
     }
 }
@@ -578,6 +755,8 @@ pub(super) fn grad_input<T: Element>(
         Isa::Avx512 => with::<T, avx512::Avx512>(grad_output, rows, weight, out),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => with::<T, avx2::Avx2>(grad_output, rows, weight, out),
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => with::<T, neon::Neon>(grad_output, rows, weight, out),
         _ => super::scalar::grad_input(grad_output, rows, weight, out),
     }
 }
