@@ -22,7 +22,8 @@
 //!    with the few codes behind each border decoded again by plain code.
 //!
 //! Every output is one chain of multiply-adds per lane over ascending groups, then a fixed tree
-//! over lanes: who computes it, and beside which others, does not change its bits.
+//! over lanes: which thread computes it does not change its bits. The two ways of liberty 3 differ
+//! from each other in the last bits, so the number of rows can.
 //!
 //! With `u = 2^-24`, `n = in_features`, and weights taken as the exact `table[q] * scale`, a result
 //! before its final rounding lies within `(n / LANES + 16) * u * (sum |x * w| + |bias|)` of the
