@@ -3,12 +3,12 @@
 
 use super::{GROUP_VECTORS, Kernel, Layout, Line, Product, Sums, finish, pack};
 use crate::Element;
+#[allow(clippy::wildcard_imports)] // the names say where they come from
 use std::arch::x86_64::*;
 use std::ops::Range;
 
 pub(super) struct Avx2;
 
-#[allow(clippy::inline_always)] // the functions below must end up inside `block`, `pack`, `finish`
 impl Kernel for Avx2 {
     type V = __m256;
     /// Byte i of the 16 table entries, in both halves of register i.

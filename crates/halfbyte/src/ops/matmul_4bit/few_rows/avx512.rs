@@ -4,12 +4,12 @@
 
 use super::{Kernel, Layout, Line, Product, Sums, finish, pack};
 use crate::Element;
+#[allow(clippy::wildcard_imports)] // the names say where they come from
 use std::arch::x86_64::*;
 use std::ops::Range;
 
 pub(super) struct Avx512;
 
-#[allow(clippy::inline_always)] // the functions below must end up inside `block`, `pack`, `finish`
 impl Kernel for Avx512 {
     type V = __m512;
     type Table = __m512;
@@ -60,7 +60,7 @@ impl Kernel for Avx512 {
         // SAFETY: see `zero`.
         unsafe {
             let byte = codes[i / 2];
-            let nibble = if i % 2 == 0 { _mm512_srli_epi32::<4>(byte) } else { byte };
+            let nibble = if i.is_multiple_of(2) { _mm512_srli_epi32::<4>(byte) } else { byte };
             _mm512_permutexvar_ps(nibble, table)
         }
     }

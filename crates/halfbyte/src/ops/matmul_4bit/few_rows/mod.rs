@@ -22,13 +22,19 @@
 //!    with the few codes behind each border decoded again by plain code.
 //!
 //! Every output is one chain of multiply-adds per lane over ascending groups, then a fixed tree
-//! over lanes: who computes it, and beside which others, does not change its bits.
+//! over lanes: which thread computes it does not change its bits. The two ways of liberty 3 differ
+//! from each other in the last bits, so the number of rows can.
 //!
 //! With `u = 2^-24`, `n = in_features`, and weights taken as the exact `table[q] * scale`, a result
 //! before its final rounding lies within `(n / LANES + 16) * u * (sum |x * w| + |bias|)` of the
 //! exact one, to first order and short of underflow: `n / LANES` additions in a lane at most, 8 in
 //! a unit, 4 in the tree, the products and the bias. `LANES` is 16, 8 and 4 for AVX-512, AVX2 and
 //! NEON.
+
+// Everything between a function that enables an instruction set and its intrinsics is inlined into
+// it, or the intrinsics become calls; arrays of registers are indexed by constants once unrolled.
+#![allow(clippy::inline_always, clippy::needless_range_loop)]
+#![allow(clippy::manual_midpoint)] // half the number of a code is the number of its byte
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -366,7 +372,7 @@ impl Product<'_> {
         let mut scales = ScaleReader::new(self.weight);
         // SAFETY: the caller's promises.
         unsafe {
-            if self.weight.in_features % UNIT == 0 && self.layout.rows <= K::DIRECT_ROWS {
+            if self.weight.in_features.is_multiple_of(UNIT) && self.layout.rows <= K::DIRECT_ROWS {
                 match self.layout.rows {
                     1 => self.direct::<K, 1>(&mut scales, features, sums),
                     2 if K::DIRECT_ROWS >= 2 => self.direct::<K, 2>(&mut scales, features, sums),
@@ -656,7 +662,8 @@ impl Product<'_> {
                 let i = (i + r).min(features.len() - 1);
                 let start = (features.start + i) * weight.in_features + codes.start;
                 let bytes = &weight.packed[start / 2..];
-                let bytes = if start % 2 == 0 { bytes } else { shift(bytes, len, shifted) };
+                let bytes =
+                    if start.is_multiple_of(2) { bytes } else { shift(bytes, len, shifted) };
                 *row = (i, start, bytes);
                 inner = inner.min(bytes.len().saturating_sub(3) / (K::GROUP / 2));
             }
@@ -697,7 +704,7 @@ impl Product<'_> {
                         }
                     }
                 }
-                if start % UNIT != 0 {
+                if !start.is_multiple_of(UNIT) {
                     self.decode_borders::<K>(start, len, bytes, tile);
                 }
             }
@@ -723,7 +730,7 @@ impl Product<'_> {
             weight.scales.decode(border / block, &mut scale);
             for code in first..first.next_multiple_of(UNIT).min(len) {
                 let byte = bytes[code / 2];
-                let q = if code % 2 == 0 { byte >> 4 } else { byte & 0x0F };
+                let q = if code.is_multiple_of(2) { byte >> 4 } else { byte & 0x0F };
                 let i = position::<K>(code % K::GROUP);
                 let vector = code / K::GROUP * GROUP_VECTORS + i / K::LANES;
                 let at = vector * K::WEIGHT_ROWS * K::LANES + i % K::LANES;
@@ -742,7 +749,7 @@ fn shift<'a>(bytes: &[u8], len: usize, to: &'a mut [MaybeUninit<u8>; TILE / 2]) 
         to.write(a << 4 | b >> 4);
     }
     // SAFETY: all written: `bytes` has at least as many bytes.
-    unsafe { to.assume_init_ref() }
+    unsafe { std::slice::from_raw_parts(to.as_ptr().cast(), to.len()) }
 }
 
 /// The inverse of [`Kernel::CODE_AT`].
@@ -1046,7 +1053,7 @@ impl<'a> ScaleReader<'a> {
         let block = weight.blocks.blocksize().get();
         let k = weight.in_features;
         let way = match weight.scales {
-            _ if block != 64 || k % 64 != 0 => Way::Units,
+            _ if block != 64 || !k.is_multiple_of(64) => Way::Units,
             Scales::Plain(absmax) => Way::Halves(absmax),
             // Two rows' scales lie in no more second-level blocks than there are tables.
             Scales::Nested(nested)

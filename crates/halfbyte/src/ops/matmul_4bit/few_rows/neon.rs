@@ -3,12 +3,12 @@
 
 use super::{GROUP_VECTORS, Kernel, Layout, Line, Product, Sums, finish, pack};
 use crate::Element;
+#[allow(clippy::wildcard_imports)] // the names say where they come from
 use std::arch::aarch64::*;
 use std::ops::Range;
 
 pub(super) struct Neon;
 
-#[allow(clippy::inline_always)] // as the other instruction sets
 impl Kernel for Neon {
     type V = float32x4_t;
     /// Byte i of the 16 table entries.
