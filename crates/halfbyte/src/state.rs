@@ -140,11 +140,11 @@ impl QuantMeta {
             self.dtype,
         );
         if let Some(nested) = self.nested {
-            json += &format!(
-                r#", "nested_blocksize": {}, "nested_dtype": "float32", "nested_offset": {}"#,
-                nested.blocksize.get(),
-                python_float(f64::from(nested.offset)),
-            );
+            let (blocksize, offset) = (nested.blocksize.get(), python_float(nested.offset.into()));
+            json.push_str(r#", "nested_blocksize": "#);
+            json.push_str(&blocksize.to_string());
+            json.push_str(r#", "nested_dtype": "float32", "nested_offset": "#);
+            json.push_str(&offset);
         }
         json.push('}');
         json

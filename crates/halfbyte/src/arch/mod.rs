@@ -135,7 +135,7 @@ mod tests {
         // (Sparser where the test is likely to be emulated.)
         let step = if cfg!(target_arch = "x86_64") && !cfg!(miri) { 0xFF1 } else { 0xF_FFF1 };
         let dense = || (0..=u32::MAX).step_by(step).chain((0..1 << 16).map(|h| h << 16));
-        sweep::<f32>(|x| x.to_bits(), dense());
+        sweep::<f32>(f32::to_bits, dense());
         sweep::<f16>(|x| u32::from(x.to_bits()), dense());
         sweep::<bf16>(|x| u32::from(x.to_bits()), dense());
         let halves = (0..=u16::MAX).map(|h| f16::from_bits(h).to_f32_const().to_bits());

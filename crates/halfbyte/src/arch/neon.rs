@@ -2,6 +2,7 @@
 
 use super::Lanes;
 use half::{bf16, f16};
+#[allow(clippy::wildcard_imports)] // the intrinsics
 use std::arch::aarch64::*;
 
 impl Lanes for f32 {

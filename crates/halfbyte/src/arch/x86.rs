@@ -2,6 +2,7 @@
 
 use super::Lanes;
 use half::{bf16, f16};
+#[allow(clippy::wildcard_imports)] // the intrinsics
 use std::arch::x86_64::*;
 
 /// float32 → bfloat16 bits in the low half of each lane, to nearest even. `vcvtneps2bf16` is not

@@ -14,7 +14,7 @@ fn decode_row(weight: &Weight4<'_>, o: usize, row: &mut [f32]) {
             weight.scales.decode(scale.0, &mut scale.1);
         }
         let byte = weight.packed[i / 2];
-        let q = if i % 2 == 0 { byte >> 4 } else { byte & 0x0F };
+        let q = if i.is_multiple_of(2) { byte >> 4 } else { byte & 0x0F };
         *w = weight.table[q as usize] * scale.1[0];
     }
 }
