@@ -20,12 +20,9 @@ fn run(
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => unsafe { x86::run256(code, groups, lanes, check) },
-        _ => {
-            let mut check = check;
-            for g in 0..groups {
-                check(g, &lanes(g).map(|y| nearest(code, f32::from_bits(y))));
-            }
-        }
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => neon::run128(code, groups, lanes, check),
+        _ => unreachable!("only the vector ISAs of this machine are tested"),
     }
 }
 
@@ -100,6 +97,46 @@ mod x86 {
                     let y: *const f32 = y.as_ptr().add(half).cast();
                     let y = std::array::from_fn(|k| _mm256_loadu_ps(y.add(8 * k)));
                     _mm256_storeu_si256(i.as_mut_ptr().add(half).cast(), encoder.encode32(y));
+                }
+            }
+            check(g, &i);
+        }
+    }
+}
+
+#[cfg(target_arch = "aarch64")]
+mod neon {
+    use super::{Code8, Kind};
+    use crate::code::encode8::neon::{Dynamic128, Encode16, Search128};
+    use std::arch::aarch64::{vld1q_f32, vst1q_u8};
+
+    pub(super) fn run128(
+        code: &Code8,
+        groups: u32,
+        lanes: impl Fn(u32) -> [u32; 64],
+        check: impl FnMut(u32, &[u8; 64]),
+    ) {
+        match code.kind() {
+            Kind::DynamicSigned => all128(&Dynamic128::<true>::new(), groups, lanes, check),
+            Kind::DynamicUnsigned => all128(&Dynamic128::<false>::new(), groups, lanes, check),
+            Kind::Other => all128(&Search128::new(code), groups, lanes, check),
+        }
+    }
+
+    fn all128(
+        encoder: &impl Encode16,
+        groups: u32,
+        lanes: impl Fn(u32) -> [u32; 64],
+        mut check: impl FnMut(u32, &[u8; 64]),
+    ) {
+        for g in 0..groups {
+            let (y, mut i) = (lanes(g).map(f32::from_bits), [0u8; 64]);
+            for quarter in [0, 16, 32, 48] {
+                let y = &y[quarter..];
+                // SAFETY: the loads and the store stay inside arrays of 64.
+                unsafe {
+                    let y = std::array::from_fn(|k| vld1q_f32(y[4 * k..].as_ptr()));
+                    vst1q_u8(i[quarter..].as_mut_ptr(), encoder.encode16(y));
                 }
             }
             check(g, &i);

@@ -4,6 +4,8 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod scalar;
 #[cfg(test)]
 mod tests;
@@ -45,6 +47,8 @@ fn kernel<T: Element>(isa: Isa) -> Kernel<T> {
         Isa::Avx512 => avx512::dequantize::<T>,
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => avx2::dequantize::<T>,
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => neon::dequantize::<T>,
         _ => scalar::dequantize::<T>,
     }
 }

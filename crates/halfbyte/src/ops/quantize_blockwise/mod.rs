@@ -4,6 +4,8 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod scalar;
 #[cfg(test)]
 mod tests;
@@ -54,6 +56,8 @@ pub(super) fn kernel<T: Element>(isa: Isa) -> Kernel<T> {
         Isa::Avx512 => avx512::quantize::<T>,
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => avx2::quantize::<T>,
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => neon::quantize::<T>,
         _ => scalar::quantize::<T>,
     }
 }
