@@ -150,7 +150,37 @@ impl Tensor {
                 &raw mut handle,
             )
         })?;
-        Ok(Self(handle))
+        let tensor = Self(handle);
+        tensor.prefer_huge_pages(step as usize * dtype.size().unwrap_or(0))?;
+        Ok(tensor)
+    }
+
+    /// Asks Linux for huge pages under a large fresh output, which the allocator has just mapped
+    /// anew: filling 32 MiB page by page costs several times what the kernels need (15 against
+    /// 4.7 ms for `dequantize_4bit` on one thread; 2-core Xeon, 2026-11). A hint: refusal is fine.
+    #[cfg(target_os = "linux")]
+    fn prefer_huge_pages(&self, bytes: usize) -> Result<()> {
+        const HUGE: usize = 2 << 20;
+        if bytes < 2 * HUGE {
+            return Ok(());
+        }
+        let mut data = std::ptr::null_mut();
+        // SAFETY: the handle is valid.
+        check(unsafe { (shim().torch_get_mutable_data_ptr)(self.0, &raw mut data) })?;
+        let start = (data as usize).next_multiple_of(HUGE);
+        let end = (data as usize + bytes) / HUGE * HUGE;
+        if start < end {
+            let inside = data.wrapping_byte_add(start - data as usize);
+            // SAFETY: the range lies inside the tensor's memory; the advice changes no contents.
+            unsafe { libc::madvise(inside, end - start, libc::MADV_HUGEPAGE) };
+        }
+        Ok(())
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    #[allow(clippy::unused_self, clippy::unnecessary_wraps)]
+    fn prefer_huge_pages(&self, _: usize) -> Result<()> {
+        Ok(())
     }
 
     /// A fresh 0-dimensional float32 tensor.
