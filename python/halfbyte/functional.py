@@ -63,7 +63,7 @@ def create_dynamic_map(
 
 
 def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool = True) -> Tensor:
-    """Evenly spaced float32 values: 256 ascending ones, zeros filling up codes of fewer bits.
+    """Evenly spaced float32 values: 256, with zeros in the middle of codes of fewer bits.
 
     Args:
         signed: from -1 to 1; unsigned from 0 to 1.
@@ -84,7 +84,7 @@ def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -
         use_extra_value: one more value on the positive side (as NF4 has).
 
     Raises:
-        ValueError: when ``offset`` is not a probability above one half.
+        ValueError: when ``offset`` is not a probability, or one half.
     """
     return torch.tensor(native.normal_map(offset, use_extra_value), device="cpu")
 

@@ -252,8 +252,8 @@ print(fine)
 
 @pytest.mark.parametrize("seed", range(2))
 def test_garbage_never_crashes(python, seed):
-    out = python(GARBAGE.format(seed=seed, trials=4000))
-    assert int(out) > 50  # some of it is not garbage
+    out = python(GARBAGE.format(seed=seed, trials=1500))
+    assert int(out) > 20  # some of it is not garbage
 
 
 def test_a_keyboard_interrupt_is_not_lost():

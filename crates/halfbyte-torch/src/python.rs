@@ -1,7 +1,7 @@
 //! The functions that `halfbyte._native` exports. Described for Python in `_native.pyi`.
 
 use crate::{error, ops, shim};
-use halfbyte::{Code4, Code8};
+use halfbyte::{Code4, code};
 use pyo3::exceptions::{PyImportError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use std::collections::BTreeSet;
@@ -109,19 +109,41 @@ pub(crate) fn code4(quant_type: &str) -> PyResult<Vec<f32>> {
     Ok(quant_type.parse::<Code4>().map_err(value)?.table().to_vec())
 }
 
-/// The 256 values of the dynamic map, ascending.
+/// The 256 values of a dynamic-tree map.
 #[pyfunction]
 pub(crate) fn dynamic_map(
     signed: bool,
     max_exponent_bits: u32,
     total_bits: u32,
 ) -> PyResult<Vec<f32>> {
-    if (max_exponent_bits, total_bits) != (7, 8) {
-        return Err(value(
-            "the dynamic map has 7 exponent bits and 8 bits in total in this version",
-        ));
-    }
-    Ok(Code8::dynamic(signed).values().to_vec())
+    map(code::dynamic_map(signed, max_exponent_bits, total_bits))
+}
+
+/// The 256 values of a linear map.
+#[pyfunction]
+pub(crate) fn linear_map(signed: bool, total_bits: u32, add_zero: bool) -> PyResult<Vec<f32>> {
+    map(code::linear_map(signed, total_bits, add_zero))
+}
+
+/// The 256 values of a map of normal quantiles.
+#[pyfunction]
+pub(crate) fn normal_map(offset: f64, use_extra_value: bool) -> PyResult<Vec<f32>> {
+    map(code::normal_map(offset, use_extra_value))
+}
+
+/// The 256 values of an 8-bit float.
+#[pyfunction]
+pub(crate) fn fp8_map(
+    signed: bool,
+    exponent_bits: u32,
+    precision_bits: u32,
+    total_bits: u32,
+) -> PyResult<Vec<f32>> {
+    map(code::fp8_map(signed, exponent_bits, precision_bits, total_bits))
+}
+
+fn map(values: halfbyte::Result<[f32; 256]>) -> PyResult<Vec<f32>> {
+    Ok(values.map_err(value)?.to_vec())
 }
 
 /// Refuses what no block size is.
