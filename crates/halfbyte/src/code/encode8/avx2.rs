@@ -1,6 +1,6 @@
 //! AVX2: 32 elements at a time, in four vectors of 8.
 
-use super::{DOUBT, DynamicTables, FRACTION, PIECE_SHIFT, STEEP, piece};
+use super::{BEFORE_HALF, DOUBT, DynamicTables, FRACTION, PIECE_SHIFT, STEEP, piece};
 use crate::Code8;
 #[allow(clippy::wildcard_imports)] // the instruction set
 use std::arch::x86_64::*;
@@ -139,12 +139,29 @@ impl<const SIGNED: bool> Dynamic256<SIGNED> {
         _mm256_castps_si256(_mm256_max_ps(t, last))
     }
 
+    /// The indices for positions `t` of which some are in doubt: by comparison with the border
+    /// nearest to each.
     #[cold]
     #[inline(never)]
     #[target_feature(enable = "avx2,fma")]
-    fn search(&self, y: [__m256; 4]) -> __m256i {
-        // SAFETY: this function requires the same CPU features.
-        unsafe { Search256::new(self.tables.code).encode32(y) }
+    fn settle(&self, y: [__m256; 4], t: [__m256i; 4]) -> __m256i {
+        let borders = self.tables.code.midpoints();
+        in_order(low_bytes(std::array::from_fn(|i| {
+            let rounded = _mm256_sub_epi32(t[i], _mm256_set1_epi32(BEFORE_HALF));
+            let n = _mm256_srai_epi32::<{ FRACTION as i32 }>(rounded);
+            let border = if SIGNED {
+                let sign = _mm256_srai_epi32::<31>(_mm256_castps_si256(y[i]));
+                _mm256_add_epi32(_mm256_xor_si256(n, sign), _mm256_set1_epi32(127))
+            } else {
+                n
+            };
+            let border = _mm256_max_epi32(border, _mm256_setzero_si256());
+            let border = _mm256_min_epi32(border, _mm256_set1_epi32(254));
+            // SAFETY: there are 255 borders.
+            let value = unsafe { _mm256_i32gather_ps::<4>(borders.as_ptr(), border) };
+            let above = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_GT_OQ>(y[i], value)); // 0 or -1
+            _mm256_sub_epi32(border, above)
+        })))
     }
 }
 
@@ -160,7 +177,7 @@ impl<const SIGNED: bool> Encode32 for Dynamic256<SIGNED> {
         let least = _mm256_min_epi16(ab, cd);
         let doubt = _mm256_cmpeq_epi32(least, _mm256_setzero_si256());
         if _mm256_testz_si256(doubt, doubt) == 0 {
-            return self.search(y);
+            return self.settle(y, t);
         }
         let n = low_bytes(t.map(|t| _mm256_srli_epi32::<{ FRACTION as i32 }>(t)));
         if !SIGNED {

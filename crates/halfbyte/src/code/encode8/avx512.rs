@@ -1,6 +1,6 @@
 //! AVX-512: 64 elements at a time, in four vectors of 16.
 
-use super::{DOUBT, DynamicTables, FRACTION, PIECE_SHIFT, STEEP, piece};
+use super::{BEFORE_HALF, DOUBT, DynamicTables, FRACTION, PIECE_SHIFT, STEEP, piece};
 use crate::Code8;
 #[allow(clippy::wildcard_imports)] // the instruction set
 use std::arch::x86_64::*;
@@ -144,12 +144,29 @@ impl<const SIGNED: bool> Dynamic512<SIGNED> {
         _mm512_castps_si512(_mm512_max_ps(t, last))
     }
 
+    /// The indices for positions `t` of which some are in doubt: by comparison with the border
+    /// nearest to each.
     #[cold]
     #[inline(never)]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-    fn search(&self, y: [__m512; 4]) -> __m512i {
-        // SAFETY: this function requires the same CPU features.
-        unsafe { Search512::new(self.tables.code).encode64(y) }
+    fn settle(&self, y: [__m512; 4], t: [__m512i; 4]) -> __m512i {
+        let borders = self.tables.code.midpoints();
+        in_order(low_bytes(std::array::from_fn(|i| {
+            let rounded = _mm512_sub_epi32(t[i], _mm512_set1_epi32(BEFORE_HALF));
+            let n = _mm512_srai_epi32::<FRACTION>(rounded);
+            let border = if SIGNED {
+                let sign = _mm512_srai_epi32::<31>(_mm512_castps_si512(y[i]));
+                _mm512_add_epi32(_mm512_xor_si512(n, sign), _mm512_set1_epi32(127))
+            } else {
+                n
+            };
+            let border = _mm512_max_epi32(border, _mm512_setzero_si512());
+            let border = _mm512_min_epi32(border, _mm512_set1_epi32(254));
+            // SAFETY: there are 255 borders.
+            let value = unsafe { _mm512_i32gather_ps::<4>(border, borders.as_ptr()) };
+            let above = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(y[i], value);
+            _mm512_mask_add_epi32(border, above, border, _mm512_set1_epi32(1))
+        })))
     }
 }
 
@@ -160,7 +177,7 @@ impl<const SIGNED: bool> Encode64 for Dynamic512<SIGNED> {
         let t = y.map(|y| self.position(y));
         let doubt = |t| _mm512_testn_epi32_mask(t, _mm512_set1_epi32(DOUBT));
         if doubt(t[0]) | doubt(t[1]) | doubt(t[2]) | doubt(t[3]) != 0 {
-            return self.search(y);
+            return self.settle(y, t);
         }
         let n = low_bytes(t.map(|t| _mm512_srli_epi32::<FRACTION>(t)));
         if !SIGNED {

@@ -100,6 +100,8 @@ impl<const SIGNED: bool> Dynamic128<SIGNED> {
         }
     }
 
+    /// Settles a group of which some lanes are in doubt. There is no gather to read the borders
+    /// nearest to them with.
     #[cold]
     #[inline(never)]
     fn search(&self, y: [float32x4_t; 4]) -> uint8x16_t {

@@ -4,14 +4,16 @@
 //! for each block:
 //!     absmax = max |x|                      (1)
 //!     for each group of 32 elements:        (2)
-//!         out = nearest code of x * (1 / absmax)
+//!         out = nearest code of x * (1 / absmax)  (3)
 //! ```
 //!
 //! 1. As an integer maximum over the bits, doubled to lose the sign.
 //! 2. A short group is filled up with zeros. Blocks whose reciprocal is not an ordinary number, and
 //!    those with NaN or infinity, go to the scalar code.
+//! 3. The second pass, which computes, fetches what a first pass to come will read: the next block,
+//!    or 4 KiB ahead.
 
-use super::scalar;
+use super::{AHEAD, prefetch, scalar};
 use crate::Element;
 use crate::blocks::BlockSize;
 use crate::code::encode8::avx2::{Dynamic256, Encode32, Search256};
@@ -73,9 +75,11 @@ fn blocks<T: Element>(
         }
         let reciprocal = if *scale == 0.0 { 0.0 } else { 1.0 / *scale };
         let reciprocal = _mm256_set1_ps(reciprocal);
+        let ahead = AHEAD.max(size_of_val(x));
         let (x, x_tail) = x.as_chunks::<32>();
         let (q, q_tail) = q.as_chunks_mut::<32>();
         for (x, q) in x.iter().zip(q) {
+            prefetch(x, ahead);
             let y = load32(x).map(|x| _mm256_mul_ps(x, reciprocal));
             // SAFETY: this function requires the encoder's CPU features; q holds 32 bytes.
             unsafe { _mm256_storeu_si256(q.as_mut_ptr().cast(), encoder.encode32(y)) };

@@ -62,6 +62,22 @@ pub(super) fn kernel<T: Element>(isa: Isa) -> Kernel<T> {
     }
 }
 
+/// Bytes that kernels fetch ahead, at least: some blocks of the usual 1 KiB.
+#[cfg(target_arch = "x86_64")]
+const AHEAD: usize = 4096;
+
+/// Fetches as many bytes as `x` has, `ahead` bytes after it.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn prefetch<T>(x: &[T], ahead: usize) {
+    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+    let ahead = x.as_ptr().cast::<i8>().wrapping_add(ahead);
+    for line in (0..size_of_val(x)).step_by(64) {
+        // SAFETY: a prefetch of any address is harmless.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(line)) };
+    }
+}
+
 fn run<T: Element>(
     isa: Isa,
     input: &[T],
