@@ -38,7 +38,7 @@ def parse_args() -> argparse.Namespace:
         "--text", type=Path, help="what to fine-tune on; its last tenth is held out"
     )
     parser.add_argument("--prompt", action="append", help="what to generate from (repeatable)")
-    parser.add_argument("--steps", type=int, default=80, help="LoRA steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=200, help="LoRA steps (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=4, help="windows per step")
     parser.add_argument("--window", type=int, default=256, help="tokens per window")
     parser.add_argument("--rank", type=int, default=16, help="LoRA rank")
@@ -48,6 +48,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--reload", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def quiet() -> None:
+    """Silences what Transformers and PEFT say about themselves."""
+    import transformers
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def check_model(folder: Path) -> None:
@@ -281,9 +290,10 @@ def plot(losses: list[float], path: Path, title: str) -> None:
 def reload(args: argparse.Namespace) -> None:
     """The second process: reads what the first one saved and prints its findings as JSON."""
     import torch
-    from peft import PeftModel
+    from peft import PeftModel, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM
 
+    quiet()
     tokenizer = load_tokenizer(args.out / "quantized")
     model = AutoModelForCausalLM.from_pretrained(
         args.out / "quantized", dtype=torch.bfloat16, device_map="cpu"
@@ -291,6 +301,8 @@ def reload(args: argparse.Namespace) -> None:
     prompts = args.prompt or list(PROMPTS)
     before = [generate(model, tokenizer, prompt) for prompt in prompts]
     base = fingerprint(model, tokenizer, prompts[0])
+    # The adapter was trained beside float32 norms, which this restores.
+    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     model = PeftModel.from_pretrained(model, args.out / "adapter").eval()
     after = [generate(model, tokenizer, prompt) for prompt in prompts]
     tuned = fingerprint(model, tokenizer, prompts[0])
@@ -309,11 +321,8 @@ def run(args: argparse.Namespace) -> None:
     general, train, heldout = texts(args)
 
     import torch
-    import transformers
 
-    warnings.filterwarnings("ignore", category=FutureWarning)  # Transformers' own deprecations
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    quiet()
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model)
     prompts = args.prompt or list(PROMPTS)
