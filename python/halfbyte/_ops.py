@@ -329,20 +329,29 @@ _FAKES: dict[str, Callable[..., Any]] = {
 
 def bias_grad(grad: Tensor) -> Tensor:
     """The gradient of the bias ``[out_features]`` for a gradient ``[..., out_features]``."""
-    return grad.reshape(-1, grad.shape[-1]).sum(0) if grad.dim() != 1 else grad
+    return grad.flatten(0, -2).sum(0) if grad.dim() != 1 else grad
 
 
-def _save(ctx: Any, weight: tuple[Any, ...], bias_index: int | None) -> None:
-    """Keeps the weight (packed, absmax, blocksize, quant_type, shape, state...)."""
+def save_weight(ctx: Any, weight: tuple[Any, ...], bias_index: int | None) -> None:
+    """Keeps the weight (packed, absmax, blocksize, quant_type, shape, state...) for backward.
+
+    Autograd refuses to save what was made under ``torch.inference_mode()``: that is kept aside.
+    """
     packed, absmax, *scalars, code, absmax2, code2, offset, blocksize2 = weight
-    ctx.save_for_backward(packed, absmax, code, absmax2, code2, offset)
+    tensors = [packed, absmax, code, absmax2, code2, offset]
+    ctx.aside = [None if t is None or not t.is_inference() else t for t in tensors]
+    ctx.save_for_backward(
+        *[t if a is None else None for t, a in zip(tensors, ctx.aside, strict=True)]
+    )
     ctx.scalars = scalars
     ctx.blocksize2 = blocksize2
     ctx.bias_index = bias_index
 
 
-def _saved(ctx: Any) -> tuple[Any, ...]:
-    packed, absmax, *state = ctx.saved_tensors
+def saved_weight(ctx: Any) -> tuple[Any, ...]:
+    """What :func:`save_weight` kept. RuntimeError when a tensor was changed in place since."""
+    tensors = [t if a is None else a for t, a in zip(ctx.saved_tensors, ctx.aside, strict=True)]
+    packed, absmax, *state = tensors
     return (packed, absmax, *ctx.scalars, *state, ctx.blocksize2)
 
 
@@ -350,7 +359,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
     if ctx.needs_input_grad[0]:
         op = getattr(torch.ops, NAMESPACE).matmul_4bit_grad_input.default
-        grads[0] = op(grad, *_saved(ctx))
+        grads[0] = op(grad, *saved_weight(ctx))
     if ctx.bias_index is not None and ctx.needs_input_grad[ctx.bias_index]:
         grads[ctx.bias_index] = bias_grad(grad)
     return tuple(grads)
@@ -358,7 +367,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 def _setup_matmul_4bit(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, *weight, _, code, absmax2, code2, offset, blocksize2 = inputs
-    _save(ctx, (*weight, code, absmax2, code2, offset, blocksize2), 6)
+    save_weight(ctx, (*weight, code, absmax2, code2, offset, blocksize2), 6)
 
 
 def _setup_gemm_4bit(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -367,23 +376,23 @@ def _setup_gemm_4bit(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         weight = (packed, first, blocksize, quant_type, shape, None, absmax, code2, offset, 256)
     else:
         weight = (packed, absmax, blocksize, quant_type, shape, None, None, None, None, 256)
-    _save(ctx, weight, 6)
+    save_weight(ctx, weight, 6)
 
 
 def _setup_gemv_4bit(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, packed, shape, absmax, code, blocksize = inputs
     # The table is given, so the name of the type does not matter.
-    _save(ctx, (packed, absmax, blocksize, "nf4", shape, code, None, None, None, 256), None)
+    save_weight(ctx, (packed, absmax, blocksize, "nf4", shape, code, None, None, None, 256), None)
 
 
 def _setup_grad_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _save(ctx, inputs[1:], None)
+    save_weight(ctx, inputs[1:], None)
 
 
 def _backward_grad_input(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
     if ctx.needs_input_grad[0]:
-        packed, absmax, blocksize, quant_type, shape, *state = _saved(ctx)
+        packed, absmax, blocksize, quant_type, shape, *state = saved_weight(ctx)
         op = getattr(torch.ops, NAMESPACE).matmul_4bit.default
         grads[0] = op(grad, packed, absmax, blocksize, quant_type, shape, None, *state)
     return tuple(grads)
@@ -435,4 +444,4 @@ def _register() -> None:
 _register()
 ops = getattr(torch.ops, NAMESPACE)
 
-__all__ = ["NAMESPACE", "bias_grad", "failure", "ops"]
+__all__ = ["NAMESPACE", "bias_grad", "failure", "ops", "save_weight", "saved_weight"]

@@ -9,7 +9,7 @@ and ``RuntimeError`` (anything that is not the caller's fault).
 from __future__ import annotations
 
 import ctypes as ct
-import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -37,6 +37,8 @@ _matmul_4bit_out = ops.matmul_4bit.out
 
 _NESTED_BLOCKSIZE = 256
 """Block size of double quantization in every checkpoint."""
+_BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+"""What ``native.check_blocksize`` accepts."""
 _NOT_NESTED = (None, None, None, _NESTED_BLOCKSIZE)
 """absmax2, code2, offset, blocksize2 of a state without double quantization."""
 
@@ -44,6 +46,10 @@ _NOT_NESTED = (None, None, None, _NESTED_BLOCKSIZE)
 
 name2qmap: dict[str, Tensor] = {}
 """8-bit codes by name, on the CPU: ``"dynamic"`` is the default of :func:`quantize_blockwise`."""
+
+
+def _code(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
 def create_dynamic_map(
@@ -59,7 +65,7 @@ def create_dynamic_map(
     Raises:
         ValueError: when the bits do not make a code.
     """
-    return torch.tensor(native.dynamic_map(signed, max_exponent_bits, total_bits), device="cpu")
+    return _code(native.dynamic_map(signed, max_exponent_bits, total_bits))
 
 
 def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool = True) -> Tensor:
@@ -73,7 +79,7 @@ def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool =
     Raises:
         ValueError: when ``total_bits`` does not fit 256 values.
     """
-    return torch.tensor(native.linear_map(signed, total_bits, add_zero), device="cpu")
+    return _code(native.linear_map(signed, total_bits, add_zero))
 
 
 def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -> Tensor:
@@ -86,7 +92,7 @@ def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -
     Raises:
         ValueError: when ``offset`` is not a probability, or one half.
     """
-    return torch.tensor(native.normal_map(offset, use_extra_value), device="cpu")
+    return _code(native.normal_map(offset, use_extra_value))
 
 
 def create_fp8_map(
@@ -107,9 +113,7 @@ def create_fp8_map(
             f"exponent_bits, precision_bits and the sign must make up total_bits, got "
             f"{exponent_bits} + {precision_bits} + {int(signed)} for {total_bits}"
         )
-    return torch.tensor(
-        native.fp8_map(signed, exponent_bits, precision_bits, total_bits), device="cpu"
-    )
+    return _code(native.fp8_map(signed, exponent_bits, precision_bits, total_bits))
 
 
 _CODE4 = {name: native.code4(name) for name in ("nf4", "fp4")}
@@ -151,13 +155,13 @@ def _dynamic_code(like: Tensor) -> Tensor:
     """The default 8-bit code on the device of ``like``."""
     if type(like) is not Tensor and type(like) is not torch.nn.Parameter:
         # Fake tensors and other subclasses do not mix with a tensor made outside of their mode.
-        return torch.tensor(_DYNAMIC, device=like.device)
+        return torch.tensor(_DYNAMIC, dtype=torch.float32, device=like.device)
     code = name2qmap["dynamic"]
     return code if code.device == like.device else code.to(like.device)
 
 
 _DYNAMIC = native.dynamic_map(True, 7, 8)
-name2qmap["dynamic"] = torch.tensor(_DYNAMIC, device="cpu")
+name2qmap["dynamic"] = _code(_DYNAMIC)
 
 # ---- the state -----------------------------------------------------------------------------------
 
@@ -257,7 +261,8 @@ class QuantState:
             device: where the tensors go.
 
         Raises:
-            ValueError: when the dictionary is not one state, or a part of it is missing.
+            ValueError: when the dictionary is not one state, or a part of it is missing or does
+                not fit the others. Values of tensors are not looked at.
         """
         packed = [
             key
@@ -275,40 +280,40 @@ class QuantState:
         if packed:
             try:
                 found.update(unpack_tensor_to_dict(qs_dict[packed[0]]))
-            except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            except (ValueError, RecursionError, NotImplementedError) as error:
                 raise ValueError(f"{packed[0]} must hold JSON, but: {error}") from error
+        read = _StateReader(found)
 
-        def part(key: str) -> Any:
-            try:
-                return found[key]
-            except KeyError:
-                raise ValueError(
-                    f"a quantization state must hold {key!r}, got {sorted(found)}"
-                ) from None
-
-        def dtype(key: str) -> torch.dtype:
-            named = getattr(torch, str(part(key)).rpartition(".")[2], None)
-            if not isinstance(named, torch.dtype):
-                raise ValueError(f"{key} must name a dtype, got {part(key)!r}")
-            return named
+        quant_type = read.quant_type(may_be_none=not packed)
+        blockwise = quant_type is None
+        shape = read.shape(may_be_none=blockwise)
+        blocksize = read.blocksize("blocksize")
+        blocks = None if shape is None else -(-math.prod(shape) // blocksize)
+        nested = any(key.startswith("nested_") for key in found)
+        absmax = read.tensor("absmax", blocks, torch.uint8 if nested else None)
 
         offset, state2 = None, None
-        if "nested_absmax" in found:
-            offset = torch.tensor(float(part("nested_offset")), device=device)
+        if nested:
+            blocksize2 = read.blocksize("nested_blocksize")
+            blocks2 = -(-absmax.numel() // blocksize2)
             state2 = cls(
-                absmax=part("nested_absmax").to(device),
-                blocksize=part("nested_blocksize"),
-                code=part("nested_quant_map").to(device),
-                dtype=dtype("nested_dtype"),
+                absmax=read.tensor("nested_absmax", blocks2).to(device),
+                blocksize=blocksize2,
+                code=read.tensor("nested_quant_map", 256).to(device),
+                dtype=read.dtype("nested_dtype", ("float32",)),
             )
-        shape = part("shape")
+            mean = read.number("nested_offset")
+            offset = torch.tensor(mean, dtype=torch.float32, device=device)
+        code = read.tensor("quant_map", None if blockwise else 16)
+        if blockwise and not 1 <= code.numel() <= 256:
+            raise ValueError(f"quant_map must have 1 to 256 entries, got {code.numel()}")
         return cls(
-            quant_type=part("quant_type"),
-            absmax=part("absmax").to(device),
-            blocksize=part("blocksize"),
-            code=part("quant_map").to(device),
-            dtype=dtype("dtype"),
-            shape=None if shape is None else torch.Size(shape),
+            quant_type=quant_type,
+            absmax=absmax.to(device),
+            blocksize=blocksize,
+            code=code.to(device),
+            dtype=read.dtype("dtype", ("float32", "float16", "bfloat16")),
+            shape=shape,
             offset=offset,
             state2=state2,
         )
@@ -379,6 +384,79 @@ class QuantState:
         )
 
     __hash__ = None  # type: ignore[assignment]
+
+
+class _StateReader:
+    """Reads the parts of a state's dictionary; one that does not fit is a ValueError."""
+
+    def __init__(self, found: Mapping[str, Any]) -> None:
+        self.found = found
+
+    def _part(self, key: str) -> Any:
+        try:
+            return self.found[key]
+        except KeyError:
+            raise ValueError(
+                f"a quantization state must hold {key!r}, got {sorted(self.found)}"
+            ) from None
+
+    def quant_type(self, may_be_none: bool) -> str | None:
+        value = self._part("quant_type")
+        if value is None and may_be_none:
+            return None
+        if not isinstance(value, str):
+            raise ValueError(f'quant_type must be "nf4" or "fp4", got {value!r}')
+        native.check_quant_type(value)
+        return value
+
+    def blocksize(self, key: str) -> int:
+        value = self._part(key)
+        if not _is_int(value) or value not in _BLOCKSIZES:
+            listed = ", ".join(map(str, _BLOCKSIZES))
+            raise ValueError(f"{key} must be one of {listed}, got {value!r}")
+        return value
+
+    def shape(self, may_be_none: bool) -> torch.Size | None:
+        value = self._part("shape")
+        if value is None and may_be_none:
+            return None
+        if not isinstance(value, list | tuple) or not all(
+            _is_int(size) and 0 <= size < 2**63 for size in value
+        ):
+            raise ValueError(f"shape must be a list of non-negative integers, got {value!r}")
+        return torch.Size(value)
+
+    def dtype(self, key: str, allowed: tuple[str, ...]) -> torch.dtype:
+        value = self._part(key)
+        name = str(value).removeprefix("torch.")
+        if name not in allowed:
+            raise ValueError(f"{key} must be {' or '.join(allowed)}, got {value!r}")
+        return getattr(torch, name)
+
+    def number(self, key: str) -> float:
+        value = self._part(key)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{key} must be a number, got {value!r}")
+        # The comparison is exact for integers of any size, and false for NaN.
+        if not abs(value) <= torch.finfo(torch.float32).max:
+            raise ValueError(f"{key} must be a finite float32 number, got {value!r}")
+        return float(value)
+
+    def tensor(self, key: str, numel: int | None, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor of ``numel`` entries, if that is known, and of ``dtype`` or else floating."""
+        value = self._part(key)
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{key} must be a tensor, got {type(value).__name__}")
+        if value.dtype != dtype if dtype is not None else not value.is_floating_point():
+            wanted = "of a floating-point dtype" if dtype is None else str(dtype)
+            raise ValueError(f"{key} must be {wanted}, got {value.dtype}")
+        if numel is not None and value.numel() != numel:
+            raise ValueError(f"{key} must have {numel} entries, got {value.numel()}")
+        return value
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_standard(code: Any, quant_type: str | None) -> bool:

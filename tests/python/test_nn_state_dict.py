@@ -10,6 +10,7 @@ import pytest
 import torch
 from halfbyte.functional import dequantize_4bit, quantize_4bit
 from halfbyte.nn import EmbeddingNF4, Linear4bit, Params4bit
+from halfbyte.utils import pack_dict_to_tensor, unpack_tensor_to_dict
 from torch import nn
 
 STORAGES = [torch.uint8, torch.bfloat16, torch.float16, torch.float32]
@@ -325,7 +326,7 @@ def test_wrong_length(rows):
 def test_wrong_number_of_scales():
     saved = quantized(compress_statistics=False).state_dict()
     saved["weight.absmax"] = saved["weight.absmax"][:-1]
-    with pytest.raises(RuntimeError, match="have 96 scales, the state dict holds 95"):
+    with pytest.raises(RuntimeError, match="absmax must have 96 entries, got 95"):
         linear(1).load_state_dict(saved)
 
 
@@ -336,6 +337,30 @@ def test_broken_json(text):
     saved = quantized().state_dict()
     saved["weight.quant_state.bitsandbytes__nf4"] = torch.tensor(list(text), dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="weight"):
+        linear(1).load_state_dict(saved)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"blocksize": "64"}, "blocksize must be one of"),
+        ({"nested_blocksize": True}, "nested_blocksize must be one of"),
+        ({"nested_offset": None}, "nested_offset must be a number, got None"),
+    ],
+)
+def test_json_that_does_not_fit(entry, message):
+    saved = quantized().state_dict()
+    key = "weight.quant_state.bitsandbytes__nf4"
+    saved[key] = pack_dict_to_tensor({**unpack_tensor_to_dict(saved[key]), **entry})
+    with pytest.raises(RuntimeError, match=f"weight: its quantization state.*{message}"):
+        linear(1).load_state_dict(saved)
+
+
+def test_a_plain_family_with_the_json_of_a_nested_one():
+    saved = quantized(compress_statistics=False).state_dict()
+    key = "weight.quant_state.bitsandbytes__nf4"
+    saved[key] = quantized().state_dict()[key]
+    with pytest.raises(RuntimeError, match=r"absmax must be torch\.uint8, got torch\.float32"):
         linear(1).load_state_dict(saved)
 
 

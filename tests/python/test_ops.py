@@ -9,7 +9,9 @@ import reference as ref
 import torch
 from halfbyte import _ops, matmul_4bit
 from halfbyte import functional as F
+from halfbyte.autograd import _functions
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 ops = torch.ops.halfbyte
 
@@ -375,3 +377,103 @@ def test_bytes_do_not_depend_on_threads():
             else:
                 torch.testing.assert_close(want, got, rtol=1e-5, atol=1e-4)
     assert torch.equal(results[0][-1], results[3][-1])
+
+
+def error(got, want):
+    return ((got - want).norm() / want.norm()).item()
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("name", ["packed", "absmax", "code"])
+def test_changes_between_forward_and_backward_are_noticed(nested, name):
+    packed, state = F.quantize_4bit(ref.samples((64, 96)), compress_statistics=nested)
+    state.code = state.code.clone()  # another object: it is passed along
+    A = torch.ones(2, 96, requires_grad=True)
+    y = matmul_4bit(A, packed, state)
+    {"packed": packed, "absmax": state.absmax, "code": state.code}[name].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_weights_quantized_in_inference_mode_train(nested):
+    with torch.inference_mode():
+        packed, state = F.quantize_4bit(ref.samples((64, 96)), compress_statistics=nested)
+    dense = F.dequantize_4bit(packed, state).clone()
+    parts = _functions._weight(packed, state)
+    for product in (
+        lambda a: matmul_4bit(a, packed, state),
+        lambda a: ops.matmul_4bit(a, *parts[:5], None, *parts[5:]),
+    ):
+        A = torch.ones(2, 96, requires_grad=True)
+        product(A).sum().backward()
+        assert error(A.grad, dense.sum(0).expand(2, 96)) < 1e-5
+
+
+@pytest.mark.parametrize("lead", [(), (2,), (2, 3), (0,)])
+def test_no_output_features_have_gradients(lead):
+    packed, state = F.quantize_4bit(torch.empty(0, 64))
+    A = torch.ones(*lead, 64, requires_grad=True)
+    bias = torch.empty(0, requires_grad=True)
+    y = matmul_4bit(A, packed, state, bias=bias)
+    assert y.shape == (*lead, 0)
+    y.sum().backward()
+    assert torch.equal(A.grad, torch.zeros(*lead, 64))
+    assert bias.grad.shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(), (1, 64), (64, 1), (63,), (1,)])
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_shape_of_the_bias_is_checked(dtype, shape, grad):
+    A = torch.ones(2, 96, dtype=dtype, requires_grad=grad)
+    with pytest.raises(ValueError, match=r"bias must (have shape \[64\]|hold 64 elements), got"):
+        matmul_4bit(A, PACKED, STATE, bias=torch.ones(shape))
+
+
+def test_float64_products_decode_to_float32():
+    packed, state = F.quantize_4bit(ref.samples((64, 96), torch.bfloat16))
+    exact = F.dequantize_4bit(packed, state, out=torch.empty(64, 96))
+    A = ref.samples((3, 96)).double()
+    assert torch.equal(matmul_4bit(A, packed, state), A @ exact.double().t())
+
+
+@pytest.mark.parametrize(
+    "out",
+    [
+        torch.empty(3, 64),
+        torch.empty(1, 64, dtype=torch.float64),
+        torch.empty(3, 3, 64, dtype=torch.float64),
+        torch.empty(3, 64, dtype=torch.float64, device="meta"),
+    ],
+)
+def test_float64_checks_out(out):
+    A = ref.samples((3, 96)).double()
+    with pytest.raises(ValueError, match=r"out must be torch.float64 of shape \[3, 64\] on cpu"):
+        matmul_4bit(A, PACKED, STATE, out=out)
+    out = torch.empty(3, 64, dtype=torch.float64)
+    assert matmul_4bit(A, PACKED, STATE, out=out) is out
+    assert torch.equal(out, matmul_4bit(A, PACKED, STATE))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_forward_mode_tangents(grad):
+    dense = F.dequantize_4bit(PACKED, STATE).float()
+    A, dA = ref.samples((3, 96), seed=5), ref.samples((3, 96), seed=6)
+    bias, dbias = ref.samples((64,), seed=7), ref.samples((64,), seed=8)
+    A.requires_grad_(grad)
+    with forward_ad.dual_level():
+        dual, dual_bias = forward_ad.make_dual(A, dA), forward_ad.make_dual(bias, dbias)
+        for a, b, want in (
+            (dual, bias, dA @ dense.t()),
+            (A, dual_bias, dbias.expand(3, 64)),
+            (dual, dual_bias, dA @ dense.t() + dbias),
+        ):
+            y, dy = forward_ad.unpack_dual(matmul_4bit(a, PACKED, STATE, bias=b))
+            assert error(y.detach(), (A @ dense.t() + bias).detach()) < 1e-5
+            assert error(dy, want) < 1e-5
+        with pytest.raises(ValueError, match="out cannot be given"):
+            matmul_4bit(dual, PACKED, STATE, out=torch.empty(3, 64))
+        assert forward_ad.unpack_dual(matmul_4bit(A, PACKED, STATE)).tangent is None
+    _, dy = torch.func.jvp(lambda a: matmul_4bit(a, PACKED, STATE), (A.detach(),), (dA,))
+    assert error(dy, dA @ dense.t()) < 1e-5

@@ -9,7 +9,14 @@ import pickle
 import pytest
 import reference as ref
 import torch
-from halfbyte.functional import QuantState, dequantize_4bit, quantize_4bit, quantize_blockwise
+from halfbyte import functional
+from halfbyte.functional import (
+    QuantState,
+    dequantize_4bit,
+    dequantize_blockwise,
+    quantize_4bit,
+    quantize_blockwise,
+)
 from halfbyte.utils import pack_dict_to_tensor, unpack_tensor_to_dict
 
 
@@ -134,8 +141,8 @@ JSON = "quant_state.bitsandbytes__nf4"
         (broken(absmax=...), "must hold 'absmax'"),
         (broken(quant_map=...), "must hold 'quant_map'"),
         (broken(nested_offset=...), "must hold 'nested_offset'"),
-        (broken(dtype="floaty"), "dtype must name a dtype, got 'floaty'"),
-        (broken(dtype="load"), "dtype must name a dtype, got 'load'"),
+        (broken(dtype="floaty"), "dtype must be float32 or .* got 'floaty'"),
+        (broken(dtype="load"), "dtype must be float32 or .* got 'load'"),
         ({JSON: torch.ones(3).byte()}, "must hold JSON"),
         ({JSON: torch.full((3,), 255).byte()}, "must hold JSON"),
         ({JSON: pack_dict_to_tensor({"a": 1})}, "must hold 'quant_map'|must hold"),
@@ -150,6 +157,126 @@ JSON = "quant_state.bitsandbytes__nf4"
 def test_broken_dictionaries(saved, message):
     with pytest.raises(ValueError, match=message):
         QuantState.from_dict(saved, device="cpu")
+
+
+def broken_plain(**changes):
+    saved = make(nested=False)[1].as_dict()
+    saved.update(changes)
+    return saved
+
+
+BLOCKS = "must be one of 32, 64, 128, 256, 512, 1024, 2048, 4096, got"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        *[
+            ({key: value}, rf"^{key} {BLOCKS} {value!r}$")
+            for key in ("blocksize", "nested_blocksize")
+            for value in (True, 64.0, "64", None, 0, -64, 63, 8192, 10**30)
+        ],
+        *[({"quant_type": v}, r"^quant_type must be .*got") for v in (3, "xx", "", ["nf4"])],
+        *[({"dtype": v}, "^dtype must be float32 or .*got") for v in (None, "float", "float64", 3)],
+        *[({"nested_dtype": v}, "^nested_dtype must be float32, got") for v in (None, "float16")],
+        *[
+            ({"shape": v}, "^shape must be a list of non-negative integers, got")
+            for v in (None, "no", 3, [64.0, 96], [-64, -96], [True, 6144], ["64", 96], [10**30, 0])
+        ],
+        ({"shape": [64, 97]}, "^absmax must have 97 entries, got 96"),
+        ({"quant_map": torch.ones(15)}, "^quant_map must have 16 entries, got 15"),
+        ({"quant_map": torch.ones(256)}, "^quant_map must have 16 entries, got 256"),
+        ({"quant_map": torch.ones(16).int()}, "^quant_map must be of a floating.*torch.int32"),
+        ({"quant_map": None}, "^quant_map must be a tensor, got NoneType"),
+        ({"absmax": [1.0] * 96}, "^absmax must be a tensor, got list"),
+        ({"absmax": torch.ones(96)}, "^absmax must be torch.uint8, got torch.float32"),
+        ({"absmax": torch.ones(95).byte()}, "^absmax must have 96 entries, got 95"),
+        ({"nested_absmax": ...}, "must hold 'nested_absmax'"),
+        ({"nested_absmax": torch.ones(2)}, "^nested_absmax must have 1 entries, got 2"),
+        ({"nested_absmax": torch.ones(1).int()}, "^nested_absmax must be of a floating"),
+        ({"nested_quant_map": ...}, "must hold 'nested_quant_map'"),
+        ({"nested_quant_map": torch.ones(16)}, "^nested_quant_map must have 256 entries, got 16"),
+        ({"nested_quant_map": torch.ones(256).byte()}, "^nested_quant_map must be of a floating"),
+        *[
+            ({"nested_offset": v}, "^nested_offset must be a number, got")
+            for v in (None, "1", True, [1.0])
+        ],
+        *[
+            ({"nested_offset": v}, "^nested_offset must be a finite float32 number, got")
+            for v in (float("nan"), float("inf"), 1e39, -(10**400))
+        ],
+    ],
+)
+def test_parts_that_do_not_fit(changes, message):
+    with pytest.raises(ValueError, match=message):
+        QuantState.from_dict(broken(**changes), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"absmax": torch.ones(96).byte()}, "^absmax must be of a floating.*torch.uint8"),
+        ({"absmax": torch.ones(96).int()}, "^absmax must be of a floating.*torch.int32"),
+        ({"absmax": torch.ones(97)}, "^absmax must have 96 entries, got 97"),
+        ({"nested_offset": 1.0}, "absmax must be torch.uint8"),
+        ({"nested_offset": 1.0, "absmax": torch.ones(96).byte()}, "must hold 'nested_blocksize'"),
+        ({"nested_quant_map": torch.ones(256)}, "absmax must be torch.uint8"),
+    ],
+)
+def test_plain_states_that_do_not_fit(changes, message):
+    with pytest.raises(ValueError, match=message):
+        QuantState.from_dict(broken_plain(**changes), device="cpu")
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 200_000, b"1" * 5000])
+def test_damaged_json_names_its_tensor(text):
+    saved = {f"weight.{k}": v for k, v in make()[1].as_dict(packed=True).items()}
+    saved[f"weight.{JSON}"] = torch.tensor(list(text), dtype=torch.uint8)
+    with pytest.raises(ValueError, match=rf"^weight\.{JSON} must hold JSON"):
+        QuantState.from_dict(saved, device="cpu")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_states_of_8_bits_round_trip(nested):
+    codes, state = quantize_blockwise(ref.samples((10, 100)), blocksize=64, nested=nested)
+    loaded = QuantState.from_dict(state.as_dict(), device="cpu")
+    assert loaded == state
+    assert torch.equal(dequantize_blockwise(codes, loaded), dequantize_blockwise(codes, state))
+    for size in (0, 257):
+        with pytest.raises(ValueError, match="quant_map must have 1 to 256 entries"):
+            QuantState.from_dict({**state.as_dict(), "quant_map": torch.ones(size)}, "cpu")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("shape", [(0, 64), (1,), (3, 5)])
+def test_small_states_round_trip(nested, shape):
+    _, state = quantize_4bit(torch.ones(shape), compress_statistics=nested)
+    for packed in (False, True):
+        assert QuantState.from_dict(state.as_dict(packed=packed), device="cpu") == state
+
+
+def test_tensors_on_meta_are_read():
+    saved = make()[1].as_dict(packed=True)
+    saved = {k: v if k == JSON else v.to("meta") for k, v in saved.items()}
+    state = QuantState.from_dict(saved, device="meta")
+    assert state.nested
+    assert state.absmax.device.type == state.offset.device.type == "meta"
+
+
+def test_the_default_dtype_does_not_matter():
+    saved = make()[1].as_dict()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert QuantState.from_dict(saved, device="cpu").offset.dtype == torch.float32
+        for make_map in (
+            functional.create_dynamic_map,
+            functional.create_linear_map,
+            functional.create_normal_map,
+            functional.create_fp8_map,
+        ):
+            assert make_map().dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_to_moves_in_place():

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from .._ops import bias_grad, failure, ops
-from ..functional import _NOT_NESTED, QuantState, _nested, dequantize_4bit
+from .._ops import bias_grad, failure, ops, save_weight, saved_weight
+from ..functional import _NOT_NESTED, QuantState, _buffer, _nested, dequantize_4bit
 
 _matmul_4bit = ops.matmul_4bit.default
 _matmul_4bit_out = ops.matmul_4bit.out
@@ -47,11 +48,9 @@ class MatMul4Bit(torch.autograd.Function):
     ) -> Tensor:
         if quant_state is None:
             raise ValueError("quant_state is required")
-        packed, *weight = _weight(B, quant_state)
-        ctx.save_for_backward(packed)
-        ctx.weight = weight
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        arguments = (A, packed, *weight[:4], bias, *weight[4:])
+        weight = _weight(B, quant_state)
+        save_weight(ctx, weight, None)
+        arguments = (A, *weight[:5], bias, *weight[5:])
         with _below_autograd():
             if out is None:
                 return _matmul_4bit(*arguments)
@@ -64,7 +63,7 @@ class MatMul4Bit(torch.autograd.Function):
         needs_A, _, _, needs_bias, _ = ctx.needs_input_grad
         grad_A, grad_b = None, None
         if needs_A:
-            grad_A = _grad_input(grad_output, *ctx.saved_tensors, *ctx.weight)
+            grad_A = _grad_input(grad_output, *saved_weight(ctx))
         if needs_bias:
             grad_b = bias_grad(grad_output)
         return grad_A, None, None, grad_b, None
@@ -100,6 +99,12 @@ def matmul_4bit(
         bias = bias.to(A.dtype)
     if A.dim() == 0:
         raise ValueError("A must have at least one dimension, got none")
+    if bias is not None and bias.dim() != 1:  # its length is checked with the product
+        raise _bias_error(bias, quant_state.shape[0])
+    if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
+        dual = _dual(A, B, quant_state, out, bias)
+        if dual is not None:
+            return dual
     shape = quant_state.shape
     try:
         if len(shape) == 2 and A.size(-1) != shape[1] and A.size(-1) == shape[0]:
@@ -133,13 +138,40 @@ def _unfused(
     if not A.is_floating_point():
         raise TypeError(f"A must be a floating-point tensor, got {A.dtype}")
     packed = B.t() if B.dim() == 2 and B.size(0) == 1 else B
-    weight = dequantize_4bit(packed, quant_state).to(A.dtype)
-    if A.size(-1) != weight.size(-1):
+    weight = torch.empty(quant_state.shape, dtype=torch.float32, device=packed.device)
+    weight = dequantize_4bit(packed, quant_state, out=weight).to(A.dtype)
+    if A.dim() == 0 or A.size(-1) != weight.size(-1):
         raise ValueError(
             f"the last dimension of A must be {weight.size(-1)}, got A of shape {list(A.shape)}"
         )
-    result = F.linear(A, weight, None if bias is None else bias.to(A.dtype))
+    out_features = weight.size(0)
+    if bias is not None:
+        if bias.shape != (out_features,):
+            raise _bias_error(bias, out_features)
+        bias = bias.to(A.dtype)
+    if out is not None:
+        _buffer("out", out, (*A.shape[:-1], out_features), A.dtype, A)
+    result = F.linear(A, weight, bias)
     return result if out is None else out.copy_(result)
+
+
+def _bias_error(bias: Tensor, out_features: int) -> ValueError:
+    return ValueError(f"bias must have shape [{out_features}], got {list(bias.shape)}")
+
+
+def _dual(
+    A: Tensor, B: Tensor, quant_state: QuantState, out: Tensor | None, bias: Tensor | None
+) -> Tensor | None:
+    """The product and its tangent in forward-mode AD; None when nothing has a tangent."""
+    A, dA = forward_ad.unpack_dual(A)
+    bias, dbias = (None, None) if bias is None else forward_ad.unpack_dual(bias)
+    if dA is None and dbias is None:
+        return None
+    if out is not None:
+        raise ValueError("out cannot be given for inputs with forward-mode tangents")
+    result = matmul_4bit(A, B, quant_state, bias=bias)
+    tangent = torch.zeros_like(result) if dA is None else matmul_4bit(dA, B, quant_state)
+    return forward_ad.make_dual(result, tangent if dbias is None else tangent + dbias)
 
 
 def _matmul_transposed(
@@ -154,6 +186,8 @@ def _matmul_transposed(
     )
     result = _grad_input(A, *_weight(B, quant_state))
     if bias is not None:
+        if bias.size(0) != result.size(-1):
+            raise _bias_error(bias, result.size(-1))
         result = result + bias
     return result if out is None else out.copy_(result)
 
