@@ -40,7 +40,8 @@ $(STAMPS)/install: $(STAMPS)/venv $(SOURCES)
 	@command -v cargo >/dev/null || { echo "halfbyte is built with Rust: install a toolchain (rustup.rs) first"; exit 1; }
 	@echo "building halfbyte (release)"
 	@rm -rf target/wheels
-	@$(VENV)/bin/maturin build --quiet --release --out target/wheels --interpreter $(PY)
+	@mkdir -p target && $(VENV)/bin/maturin build --release --out target/wheels --interpreter $(PY) \
+	  >target/maturin.log 2>&1 || { cat target/maturin.log; exit 1; }
 	@$(UV) pip install --quiet --python $(PY) --reinstall --no-deps target/wheels/*.whl ./python/bitsandbytes
 	@touch $@
 
