@@ -195,21 +195,6 @@ def test_prepare_for_kbit_training_leaves_packed_weights_alone(load_4bit):
         assert model.model.norm.weight.dtype == torch.float32
 
 
-def test_loftq_initialisation(llama_dir, tokens):
-    """LoftQ quantizes through `quantize_4bit` and `dequantize_4bit` of the library itself."""
-    from peft.utils.loftq_utils import loftq_init
-
-    torch.manual_seed(0)
-    weight = torch.randn(112, 96)
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-    if not torch.cuda.is_available():
-        pytest.importorskip("scipy", reason="PEFT's CPU LoftQ imports scipy")
-    quantized, a, b = loftq_init(weight, num_bits=4, reduced_rank=8, num_iter=2)
-    plain = dequantize_4bit(*quantize_4bit(weight, quant_type="nf4"))
-    assert (quantized + b @ a - weight).norm() < (plain - weight).norm()
-
-
 def test_deepcopy_of_a_peft_model(load_4bit, tokens):
     import copy
 
