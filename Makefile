@@ -69,8 +69,10 @@ test-rust:
 test-python: $(STAMPS)/install
 	@$(PY) -m pytest -q tests/python tests/clients tests/demo
 
+# A fixed seed, so that CI is reproducible; any other: make test-parity SEED=random-number
+SEED ?= 20261121
 test-parity: $(STAMPS)/install $(STAMPS)/upstream
-	@$(PY) -m pytest -q tests/parity
+	@HALFBYTE_PARITY_SEED=$(SEED) $(PY) -m pytest -q tests/parity
 
 check: $(STAMPS)/venv
 	@cargo fmt --all --check
