@@ -23,6 +23,15 @@ pub enum Error {
         /// The name that was passed.
         got: String,
     },
+    /// An unknown optimizer name.
+    #[error(
+        "optimizer_name must be one of adam, lamb, ademamix, momentum, lars, lion, rmsprop, \
+         adagrad, got {got:?}"
+    )]
+    Optimizer {
+        /// The name that was passed.
+        got: String,
+    },
     /// An unknown or unsupported element type name.
     #[error("{what} must be one of {expected}, got {got:?}")]
     DTypeName {

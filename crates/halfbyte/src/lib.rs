@@ -31,6 +31,7 @@ mod element;
 mod error;
 pub mod isa;
 mod ops;
+pub mod optim;
 mod params;
 mod state;
 pub mod threads;

@@ -8,7 +8,7 @@ mod dequantize_4bit;
 mod dequantize_blockwise;
 mod double_quant;
 mod matmul_4bit;
-mod normalize;
+pub(crate) mod normalize;
 mod quantize_4bit;
 mod quantize_blockwise;
 

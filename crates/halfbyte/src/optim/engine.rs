@@ -1,0 +1,769 @@
+//! The walk over tensors, blocks and lanes that all rules share.
+//!
+//! 8-bit states, a block of 256 at a time, in two passes of which the second reads the L1 cache:
+//!
+//! ```text
+//! for each group of 4 vectors:                    (1)
+//!     s = rule.states(g, p, code[q] * absmax)
+//!     top = max(top, |s|)
+//! for each group of 4 vectors:
+//!     p = p * decay + rate * rule.update(s)       (2)
+//!     q = nearest code of s * (1 / top)
+//! ```
+//!
+//! 1. Nothing is written to the tensors before `top` is known: a block whose states are not all
+//!    finite, or too small to have a reciprocal, is done again element by element, [`by_element`].
+//! 2. In the same loop as the encoding, so that the divider works beside the other units.
+
+mod coder;
+
+use super::float::{self, Buffer, LEN};
+use super::round::{self, Random};
+use super::rules::{AdEmaMix, Adagrad, Adam, Lion, Momentum, RmsProp, Step, Update};
+use super::tensor::{Rounding, Tensor8, Tensor32};
+use super::vector::Vector;
+use super::{Hyper, Rule};
+use crate::code::encode8::nearest;
+use crate::code::{Code8, Kind};
+use crate::isa::Isa;
+use crate::ops::normalize::Normalizer;
+use crate::threads;
+use crate::{DType, bf16};
+use coder::Coder;
+use std::ffi::c_void;
+use std::ops::Range;
+
+/// Blocks per task.
+const TASK: usize = 256;
+
+/// A tensor as its kernels see it. `S` is the type of a state: `f32` or `u8`.
+struct Raw<S> {
+    n: usize,
+    param: (DType, *mut c_void),
+    grad: (DType, *const c_void),
+    /// First moments, then the second.
+    states: [*mut S; 3],
+    /// Of 8-bit states.
+    absmax: [*mut f32; 3],
+    rounding: RawRounding,
+    /// Learning rate, bias correction and trust ratio.
+    rate: f32,
+}
+
+#[derive(Clone, Copy)]
+enum RawRounding {
+    Nearest,
+    Stochastic(Random),
+    Kahan(*mut bf16),
+}
+
+// SAFETY: a `Raw` is made of exclusive borrows that outlive it; tasks touch disjoint blocks.
+unsafe impl<S> Sync for Raw<S> {}
+// SAFETY: as above.
+unsafe impl<S> Send for Raw<S> {}
+
+impl RawRounding {
+    fn new(rounding: &mut Rounding<'_>, dtype: DType, step: u64) -> Self {
+        match rounding {
+            _ if dtype != DType::BF16 => Self::Nearest,
+            Rounding::Nearest => Self::Nearest,
+            Rounding::Stochastic { seed, stream } => {
+                Self::Stochastic(Random { seed: *seed, step, stream: *stream })
+            }
+            Rounding::Kahan(rest) => Self::Kahan(rest.as_mut_ptr()),
+        }
+    }
+}
+
+/// The parts of states: `first` of the first kind one after the other, then the second.
+fn parts<S>(n: usize, first: usize, state1: &mut [S], state2: &mut [S]) -> [*mut S; 3] {
+    let mut parts = [std::ptr::null_mut(); 3];
+    for (part, chunk) in parts.iter_mut().zip(state1.chunks_mut(n.max(1))) {
+        *part = chunk.as_mut_ptr();
+    }
+    if !state2.is_empty() {
+        parts[first] = state2.as_mut_ptr();
+    }
+    parts
+}
+
+impl<S> Raw<S> {
+    fn blocks(&self) -> usize {
+        self.n.div_ceil(LEN)
+    }
+
+    /// The elements of a block: where it starts, and how many there are.
+    fn block(&self, block: usize) -> (usize, usize) {
+        let start = block * LEN;
+        (start, LEN.min(self.n - start))
+    }
+
+    /// A block of the parameter as float32, where it is or in `buffer`.
+    ///
+    /// # Safety
+    /// The block is one of this tensor's and nobody else's now; the CPU has `V`'s instruction set.
+    #[inline(always)]
+    unsafe fn read_param<V: Vector>(&self, block: usize, buffer: &mut Buffer) -> *mut f32 {
+        let (start, n) = self.block(block);
+        // SAFETY: the block lies inside the tensor.
+        unsafe {
+            let data = (self.param.0, self.param.1.cast_const());
+            let at = float::read::<V>(data, start, n, buffer).cast_mut();
+            if let RawRounding::Kahan(rest) = self.rounding {
+                round::add_compensation(buffer, std::slice::from_raw_parts(rest.add(start), n));
+            }
+            at
+        }
+    }
+
+    /// Puts the parameter back, rounded.
+    ///
+    /// # Safety
+    /// As [`read_param`](Self::read_param).
+    #[inline(always)]
+    unsafe fn write_param<V: Vector>(&self, block: usize, buffer: &Buffer) {
+        let (start, n) = self.block(block);
+        // SAFETY: the block lies inside the tensor; roundings other than to nearest are of bf16.
+        unsafe {
+            let out = || std::slice::from_raw_parts_mut(self.param.1.cast::<bf16>().add(start), n);
+            match self.rounding {
+                RawRounding::Nearest => float::write::<V>(self.param, start, n, buffer),
+                RawRounding::Stochastic(random) => random.round(buffer, block, out()),
+                RawRounding::Kahan(rest) => {
+                    let rest = std::slice::from_raw_parts_mut(rest.add(start), n);
+                    round::round_compensated(buffer, out(), rest);
+                }
+            }
+        }
+    }
+}
+
+/// What a kernel of 8-bit states is called with, beside the tensor.
+struct Job8<'a, U> {
+    step: Step<U>,
+    codes: [&'a Code8; 2],
+    skip_zeros: bool,
+}
+
+/// A range of blocks of one tensor, with the coders of one instruction set.
+///
+/// # Safety
+/// The blocks are the tensor's and nobody else's now; the CPU has the instruction set.
+#[inline(always)]
+unsafe fn blocks8<V: Vector, U: Update<N>, const N: usize>(
+    signed: &impl Coder<V>,
+    unsigned: &impl Coder<V>,
+    job: &Job8<'_, U>,
+    t: &Raw<u8>,
+    blocks: Range<usize>,
+) {
+    let mut buffers = [Buffer([0.0; LEN]), Buffer([0.0; LEN])];
+    let [g_buffer, p_buffer] = &mut buffers;
+    // A zero of the default codes, for what a short block lacks.
+    let mut padded = [[0u8; LEN]; N];
+    for block in blocks {
+        let (start, n) = t.block(block);
+        // SAFETY: the block lies inside the tensor, whose states and scales were checked to have
+        // its length; the buffers hold whole blocks.
+        unsafe {
+            let g = float::read::<V>(t.grad, start, n, g_buffer);
+            let p = t.read_param::<V>(block, p_buffer);
+            let mut q: [*mut u8; N] = std::array::from_fn(|i| t.states[i].add(start));
+            let scales: [*mut f32; N] = std::array::from_fn(|i| t.absmax[i].add(block));
+            if n < LEN {
+                for i in 0..N {
+                    let zero = if i < N - U::SECOND { 127 } else { 0 };
+                    padded[i] = [zero; LEN];
+                    padded[i][..n].copy_from_slice(std::slice::from_raw_parts(q[i], n));
+                    q[i] = padded[i].as_mut_ptr();
+                }
+            }
+            if !block8::<V, U, N>(signed, unsigned, &job.step, t.rate, g, p, q, scales) {
+                by_element::<U, N>(job, t.rate, LEN, g, p, q, scales);
+            }
+            if n < LEN {
+                for i in 0..N {
+                    let to = std::slice::from_raw_parts_mut(t.states[i].add(start), n);
+                    to.copy_from_slice(&padded[i][..n]);
+                }
+            }
+            t.write_param::<V>(block, p_buffer);
+        }
+    }
+}
+
+/// One whole block. False, and nothing is changed, when it must be done by [`by_element`].
+///
+/// # Safety
+/// Gradient, parameter and states hold 256 elements; the CPU has the instruction set.
+#[inline(always)]
+#[allow(clippy::too_many_arguments)] // inlined: the parts of a tensor
+unsafe fn block8<V: Vector, U: Update<N>, const N: usize>(
+    signed: &impl Coder<V>,
+    unsigned: &impl Coder<V>,
+    step: &Step<U>,
+    rate: f32,
+    g: *const f32,
+    p: *mut f32,
+    q: [*mut u8; N],
+    scales: [*mut f32; N],
+) -> bool {
+    let mut states = [const { Buffer([0.0; LEN]) }; N];
+    let mut carries = Buffer([0.0; LEN]);
+    let group = 4 * V::LANES;
+    // SAFETY: all offsets are below 256; the instruction set is there by the caller's contract.
+    unsafe {
+        let gnorm_scale = V::splat(step.gnorm_scale);
+        let mut top = [V::splat(0.0); N];
+        for at in (0..LEN).step_by(group) {
+            let mut old = [[gnorm_scale; 4]; N];
+            for i in 0..N {
+                let scale = V::splat(*scales[i]);
+                let values = if i < N - U::SECOND {
+                    signed.decode(q[i].add(at))
+                } else {
+                    unsigned.decode(q[i].add(at))
+                };
+                for v in 0..4 {
+                    old[i][v] = values[v].mul(scale);
+                }
+            }
+            for v in 0..4 {
+                let at = at + v * V::LANES;
+                let mut s = [gnorm_scale; N];
+                for i in 0..N {
+                    s[i] = old[i][v];
+                }
+                let g = V::load(g.add(at)).mul(gnorm_scale);
+                let (s, carry) = step.rule.states(g, V::load(p.add(at)), s);
+                for i in 0..N {
+                    top[i] = top[i].max_magnitude(s[i]);
+                    s[i].store(states[i].0.as_mut_ptr().add(at));
+                }
+                if U::CARRIES {
+                    carry.store(carries.0.as_mut_ptr().add(at));
+                }
+            }
+        }
+        let mut reciprocals = [0.0; N];
+        let mut absmax = [0.0; N];
+        for i in 0..N {
+            let top = top[i].largest();
+            let direct = top == 0.0 || (top > Normalizer::SMALLEST_DIRECT && top.is_finite());
+            if !direct {
+                return false;
+            }
+            absmax[i] = top;
+            reciprocals[i] = if top == 0.0 { 0.0 } else { 1.0 / top };
+        }
+        let (rate, decay) = (V::splat(rate), V::splat(step.decay));
+        for at in (0..LEN).step_by(group) {
+            let mut y = [[rate; 4]; N];
+            for v in 0..4 {
+                let at = at + v * V::LANES;
+                let mut s = [rate; N];
+                for i in 0..N {
+                    s[i] = V::load(states[i].0.as_ptr().add(at));
+                    y[i][v] = s[i].mul(V::splat(reciprocals[i]));
+                }
+                let carry = if U::CARRIES { V::load(carries.0.as_ptr().add(at)) } else { rate };
+                let update = step.rule.update(s, carry);
+                let old = V::load(p.cast_const().add(at));
+                update.mul_add(rate, old.mul(decay)).store(p.add(at));
+            }
+            for i in 0..N {
+                if i < N - U::SECOND {
+                    signed.encode(y[i], q[i].add(at));
+                } else {
+                    unsigned.encode(y[i], q[i].add(at));
+                }
+            }
+        }
+        for i in 0..N {
+            *scales[i] = absmax[i];
+        }
+    }
+    true
+}
+
+/// The definition: `n` elements of a block, one after the other, with any codes.
+///
+/// # Safety
+/// Gradient, parameter and states hold `n` elements.
+unsafe fn by_element<U: Update<N>, const N: usize>(
+    job: &Job8<'_, U>,
+    rate: f32,
+    n: usize,
+    g: *const f32,
+    p: *mut f32,
+    q: [*mut u8; N],
+    scales: [*mut f32; N],
+) {
+    let code = |i: usize| job.codes[usize::from(i >= N - U::SECOND)];
+    let mut states = [[0.0f32; LEN]; N];
+    for j in 0..n {
+        // SAFETY: j < n; the scales are the block's.
+        unsafe {
+            let (g, p) = (*g.add(j), p.add(j));
+            let old: [f32; N] =
+                std::array::from_fn(|i| code(i).values()[usize::from(*q[i].add(j))] * *scales[i]);
+            let (new, carry) = job.step.rule.states(g * job.step.gnorm_scale, *p, old);
+            let s = if !new.iter().all(|s| s.is_finite()) {
+                [0.0; N]
+            } else if job.skip_zeros && g == 0.0 {
+                old
+            } else {
+                *p = job.step.rule.update(new, carry).mul_add(rate, *p * job.step.decay);
+                new
+            };
+            for i in 0..N {
+                states[i][j] = s[i];
+            }
+        }
+    }
+    for i in 0..N {
+        let s = &states[i][..n];
+        let absmax = s.iter().fold(0.0f32, |top, s| top.max(s.abs()));
+        let normalizer = Normalizer::new(absmax);
+        for (j, &s) in s.iter().enumerate() {
+            let index = nearest(code(i), normalizer.apply(s).clamp(-1.0, 1.0));
+            // SAFETY: j < n.
+            unsafe { *q[i].add(j) = keep_sign(code(i), index, s) };
+        }
+        // SAFETY: the scale is the block's.
+        unsafe { *scales[i] = absmax };
+    }
+}
+
+/// The neighbouring code if that of `index` has the other sign than `s`: a moment never changes
+/// sign through encoding. The default maps hold 0, so their nearest code never has.
+fn keep_sign(code: &Code8, index: u8, s: f32) -> u8 {
+    let value = code.values()[usize::from(index)];
+    if s > 0.0 && value < 0.0 {
+        index.saturating_add(1)
+    } else if s < 0.0 && value > 0.0 {
+        index.saturating_sub(1)
+    } else {
+        index
+    }
+}
+
+/// Any codes, any instruction set.
+///
+/// # Safety
+/// The blocks are the tensor's and nobody else's now.
+unsafe fn blocks8_scalar<U: Update<N>, const N: usize>(
+    job: &Job8<'_, U>,
+    t: &Raw<u8>,
+    blocks: Range<usize>,
+) {
+    let mut buffers = [Buffer([0.0; LEN]), Buffer([0.0; LEN])];
+    let [g_buffer, p_buffer] = &mut buffers;
+    for block in blocks {
+        let (start, n) = t.block(block);
+        // SAFETY: the block lies inside the tensor, whose states and scales were checked to have
+        // its length; `f32` is on every CPU.
+        unsafe {
+            let g = float::read::<f32>(t.grad, start, n, g_buffer);
+            let p = t.read_param::<f32>(block, p_buffer);
+            let q: [*mut u8; N] = std::array::from_fn(|i| t.states[i].add(start));
+            let scales: [*mut f32; N] = std::array::from_fn(|i| t.absmax[i].add(block));
+            by_element::<U, N>(job, t.rate, n, g, p, q, scales);
+            t.write_param::<f32>(block, p_buffer);
+        }
+    }
+}
+
+/// What a kernel of float32 states is called with, beside the tensor.
+struct Job32<U> {
+    step: Step<U>,
+    skip_zeros: bool,
+}
+
+/// A range of blocks of one tensor, states in float32.
+///
+/// # Safety
+/// The blocks are the tensor's and nobody else's now; the CPU has the instruction set.
+#[inline(always)]
+unsafe fn blocks32<V: Vector, U: Update<N>, const N: usize>(
+    job: &Job32<U>,
+    t: &Raw<f32>,
+    blocks: Range<usize>,
+) {
+    let mut buffers = [Buffer([0.0; LEN]), Buffer([0.0; LEN])];
+    let [g_buffer, p_buffer] = &mut buffers;
+    for block in blocks {
+        let (start, n) = t.block(block);
+        // SAFETY: the block lies inside the tensor, whose states were checked to have its length.
+        unsafe {
+            let g = float::read::<V>(t.grad, start, n, g_buffer);
+            let p = t.read_param::<V>(block, p_buffer);
+            let s: [*mut f32; N] = std::array::from_fn(|i| t.states[i].add(start));
+            let whole = if job.skip_zeros { 0 } else { n - n % V::LANES };
+            elements32::<V, U, N>(job, t.rate, 0..whole, g, p, s);
+            elements32::<f32, U, N>(job, t.rate, whole..n, g, p, s);
+            t.write_param::<V>(block, p_buffer);
+        }
+    }
+}
+
+/// # Safety
+/// Gradient, parameter and states hold the range, a multiple of `V`'s lanes; the CPU has the
+/// instruction set.
+#[inline(always)]
+unsafe fn elements32<V: Vector, U: Update<N>, const N: usize>(
+    job: &Job32<U>,
+    rate: f32,
+    range: Range<usize>,
+    g: *const f32,
+    p: *mut f32,
+    states: [*mut f32; N],
+) {
+    // SAFETY: by the caller's contract.
+    unsafe {
+        let step = &job.step;
+        let (gnorm_scale, rate, decay) =
+            (V::splat(step.gnorm_scale), V::splat(rate), V::splat(step.decay));
+        for at in range.step_by(V::LANES) {
+            if V::LANES == 1 && job.skip_zeros && *g.add(at) == 0.0 {
+                continue;
+            }
+            let mut s = [rate; N];
+            for i in 0..N {
+                s[i] = V::load(states[i].cast_const().add(at));
+            }
+            let old = V::load(p.cast_const().add(at));
+            let (s, carry) = step.rule.states(V::load(g.add(at)).mul(gnorm_scale), old, s);
+            for i in 0..N {
+                s[i].store(states[i].add(at));
+            }
+            step.rule.update(s, carry).mul_add(rate, old.mul(decay)).store(p.add(at));
+        }
+    }
+}
+
+/// The squared norms of update and parameter over a range of blocks. Nothing is changed.
+///
+/// Summed in float32 over 16 lanes within a block, then in float64: the same for every instruction
+/// set.
+///
+/// # Safety
+/// The blocks are the tensor's; the CPU has the instruction set.
+#[inline(always)]
+unsafe fn norms<V: Vector, U: Update<N>, const N: usize>(
+    step: &Step<U>,
+    t: &Raw<f32>,
+    blocks: Range<usize>,
+) -> [f64; 2] {
+    const LANES: usize = 16;
+    let mut buffers = [Buffer([0.0; LEN]), Buffer([0.0; LEN])];
+    let [g_buffer, p_buffer] = &mut buffers;
+    let mut total = [0.0; 2];
+    for block in blocks {
+        let (start, n) = t.block(block);
+        let mut sums = [[0.0f32; LANES]; 2];
+        // SAFETY: the block lies inside the tensor, whose states were checked to have its length.
+        unsafe {
+            let g = float::read::<V>(t.grad, start, n, g_buffer);
+            let p = t.read_param::<V>(block, p_buffer).cast_const();
+            let s: [*const f32; N] = std::array::from_fn(|i| t.states[i].cast_const().add(start));
+            let whole = n - n % LANES;
+            for at in (0..whole).step_by(V::LANES) {
+                add_squares::<V, U, N>(step, at, g, p, s, &mut sums);
+            }
+            for at in whole..n {
+                add_squares::<f32, U, N>(step, at, g, p, s, &mut sums);
+            }
+        }
+        for (total, sums) in total.iter_mut().zip(sums) {
+            *total += sums.into_iter().map(f64::from).sum::<f64>();
+        }
+    }
+    total
+}
+
+/// # Safety
+/// As [`elements32`], for one vector.
+#[inline(always)]
+unsafe fn add_squares<V: Vector, U: Update<N>, const N: usize>(
+    step: &Step<U>,
+    at: usize,
+    g: *const f32,
+    p: *const f32,
+    states: [*const f32; N],
+    sums: &mut [[f32; 16]; 2],
+) {
+    // SAFETY: by the caller's contract; at % 16 + V::LANES <= 16.
+    unsafe {
+        let p = V::load(p.add(at));
+        let mut s = [p; N];
+        for i in 0..N {
+            s[i] = V::load(states[i].add(at));
+        }
+        let g = V::load(g.add(at)).mul(V::splat(step.gnorm_scale));
+        let (s, carry) = step.rule.states(g, p, s);
+        let update = step.rule.update(s, carry);
+        for (x, sums) in [update, p].into_iter().zip(sums) {
+            let sum = sums.as_mut_ptr().add(at % 16);
+            x.mul_add(x, V::load(sum.cast_const())).store(sum);
+        }
+    }
+}
+
+type Kernel8<U> = unsafe fn(&Job8<'_, U>, &Raw<u8>, Range<usize>);
+type Kernel32<U> = unsafe fn(&Job32<U>, &Raw<f32>, Range<usize>);
+type Norms<U> = unsafe fn(&Step<U>, &Raw<f32>, Range<usize>) -> [f64; 2];
+
+/// The kernels of one instruction set: the generic walks with its vectors and its features.
+macro_rules! isa_kernels {
+    ($module:ident, $vector:ident, $coder:ident, $arch:literal, $features:literal) => {
+        #[cfg(target_arch = $arch)]
+        mod $module {
+            use super::coder::$coder;
+            use super::{Job8, Job32, Raw, Step, Update, blocks8, blocks32, norms};
+            use crate::optim::vector::$vector;
+            use std::ops::Range;
+
+            #[target_feature(enable = $features)]
+            pub(super) unsafe fn step8<U: Update<N>, const N: usize>(
+                job: &Job8<'_, U>,
+                t: &Raw<u8>,
+                blocks: Range<usize>,
+            ) {
+                let (signed, unsigned) = ($coder::<true>::new(), $coder::<false>::new());
+                // SAFETY: the caller has the features; the rest is its contract.
+                unsafe { blocks8::<$vector, U, N>(&signed, &unsigned, job, t, blocks) }
+            }
+
+            #[target_feature(enable = $features)]
+            pub(super) unsafe fn step32<U: Update<N>, const N: usize>(
+                job: &Job32<U>,
+                t: &Raw<f32>,
+                blocks: Range<usize>,
+            ) {
+                // SAFETY: the caller has the features; the rest is its contract.
+                unsafe { blocks32::<$vector, U, N>(job, t, blocks) }
+            }
+
+            #[target_feature(enable = $features)]
+            pub(super) unsafe fn squares<U: Update<N>, const N: usize>(
+                step: &Step<U>,
+                t: &Raw<f32>,
+                blocks: Range<usize>,
+            ) -> [f64; 2] {
+                // SAFETY: the caller has the features; the rest is its contract.
+                unsafe { norms::<$vector, U, N>(step, t, blocks) }
+            }
+        }
+    };
+}
+
+isa_kernels!(
+    avx512,
+    Avx512,
+    Coder512,
+    "x86_64",
+    "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
+);
+isa_kernels!(avx2, Avx2, Coder256, "x86_64", "avx2,fma,f16c");
+isa_kernels!(neon, Neon, Coder128, "aarch64", "neon");
+
+fn kernel8<U: Update<N>, const N: usize>(isa: Isa, job: &Job8<'_, U>) -> Kernel8<U> {
+    let default = job.codes[0].kind() == Kind::DynamicSigned
+        && (U::SECOND == 0 || job.codes[1].kind() == Kind::DynamicUnsigned);
+    match isa {
+        _ if !default || job.skip_zeros => blocks8_scalar::<U, N>,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => avx512::step8::<U, N>,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => avx2::step8::<U, N>,
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => neon::step8::<U, N>,
+        _ => blocks8_scalar::<U, N>,
+    }
+}
+
+fn kernel32<U: Update<N>, const N: usize>(isa: Isa) -> Kernel32<U> {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => avx512::step32::<U, N>,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => avx2::step32::<U, N>,
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => neon::step32::<U, N>,
+        _ => blocks32::<f32, U, N>,
+    }
+}
+
+fn kernel_norms<U: Update<N>, const N: usize>(isa: Isa) -> Norms<U> {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => avx512::squares::<U, N>,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => avx2::squares::<U, N>,
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => neon::squares::<U, N>,
+        _ => norms::<f32, U, N>,
+    }
+}
+
+/// All tensors cut into tasks of [`TASK`] blocks.
+struct Tasks {
+    /// The first task of each tensor, and the number of all.
+    first: Vec<usize>,
+}
+
+impl Tasks {
+    fn new<S>(tensors: &[Raw<S>]) -> Self {
+        let mut first = vec![0];
+        let mut tasks = 0;
+        for t in tensors {
+            tasks += t.blocks().div_ceil(TASK);
+            first.push(tasks);
+        }
+        Self { first }
+    }
+
+    fn count(&self) -> usize {
+        self.first.last().copied().unwrap_or(0)
+    }
+
+    /// The tensor and the blocks of a task.
+    fn get<S>(&self, task: usize, tensors: &[Raw<S>]) -> (usize, Range<usize>) {
+        let tensor = self.first.partition_point(|&first| first <= task) - 1;
+        let block = (task - self.first[tensor]) * TASK;
+        (tensor, block..(block + TASK).min(tensors[tensor].blocks()))
+    }
+}
+
+/// Calls `$run::<U, N>($args)` with the type of a rule.
+macro_rules! with_rule {
+    ($rule:expr, $run:ident($($arg:expr),* $(,)?)) => {
+        match $rule {
+            Rule::Adam => $run::<Adam, 2>($($arg),*),
+            Rule::AdEmaMix => $run::<AdEmaMix, 3>($($arg),*),
+            Rule::Momentum => $run::<Momentum, 1>($($arg),*),
+            Rule::Lion => $run::<Lion, 1>($($arg),*),
+            Rule::RmsProp => $run::<RmsProp, 1>($($arg),*),
+            Rule::Adagrad => $run::<Adagrad, 1>($($arg),*),
+        }
+    };
+}
+
+pub(super) fn step_8bit(
+    isa: Isa,
+    rule: Rule,
+    hyper: &Hyper,
+    codes: [&Code8; 2],
+    tensors: &mut [Tensor8<'_>],
+) {
+    with_rule!(rule, run8(isa, rule, hyper, codes, tensors));
+}
+
+fn run8<U: Update<N>, const N: usize>(
+    isa: Isa,
+    rule: Rule,
+    hyper: &Hyper,
+    codes: [&Code8; 2],
+    tensors: &mut [Tensor8<'_>],
+) {
+    let job = Job8 { step: U::new(hyper), codes, skip_zeros: hyper.skip_zeros };
+    let kernel = kernel8::<U, N>(isa, &job);
+    let first = rule.first_states();
+    let tensors: Vec<Raw<u8>> = tensors
+        .iter_mut()
+        .map(|t| {
+            let n = t.param.len();
+            let param = t.param.raw();
+            Raw {
+                n,
+                param,
+                grad: t.grad.raw(),
+                states: parts(n, first, t.state1, t.state2),
+                absmax: parts(n.div_ceil(LEN), first, t.absmax1, t.absmax2),
+                rounding: RawRounding::new(&mut t.rounding, param.0, hyper.step),
+                rate: job.step.rate as f32,
+            }
+        })
+        .collect();
+    let tasks = Tasks::new(&tensors);
+    threads::run(tasks.count(), |task| {
+        let (tensor, blocks) = tasks.get(task, &tensors);
+        // SAFETY: no two tasks share a block; lengths were checked; `isa` was detected here.
+        unsafe { kernel(&job, &tensors[tensor], blocks) }
+    });
+}
+
+pub(super) fn step_32bit(isa: Isa, rule: Rule, hyper: &Hyper, tensors: &mut [Tensor32<'_>]) {
+    with_rule!(rule, run32(isa, rule, hyper, tensors));
+}
+
+fn run32<U: Update<N>, const N: usize>(
+    isa: Isa,
+    rule: Rule,
+    hyper: &Hyper,
+    tensors: &mut [Tensor32<'_>],
+) {
+    let job = Job32 { step: U::new(hyper), skip_zeros: hyper.skip_zeros };
+    let kernel = kernel32::<U, N>(isa);
+    let first = rule.first_states();
+    let mut raw: Vec<Raw<f32>> = tensors
+        .iter_mut()
+        .map(|t| {
+            let n = t.param.len();
+            let param = t.param.raw();
+            Raw {
+                n,
+                param,
+                grad: t.grad.raw(),
+                states: parts(n, first, t.state1, t.state2),
+                absmax: [std::ptr::null_mut(); 3],
+                rounding: RawRounding::new(&mut t.rounding, param.0, hyper.step),
+                rate: job.step.rate as f32,
+            }
+        })
+        .collect();
+    let tasks = Tasks::new(&raw);
+    if hyper.max_unorm > 0.0 && rule.has_trust_ratio() {
+        let sums = squared_norms::<U, N>(isa, &job.step, &raw, &tasks);
+        for ((raw, t), [update, param]) in raw.iter_mut().zip(tensors).zip(sums) {
+            let (norm, param) = (update.sqrt(), t.param_norm.unwrap_or_else(|| param.sqrt()));
+            let bound = hyper.max_unorm * param;
+            let ratio = if norm > bound { bound / norm } else { 1.0 };
+            raw.rate = (job.step.rate * ratio) as f32;
+            if let Some(out) = t.update_norm.as_deref_mut() {
+                *out = norm as f32;
+            }
+        }
+    }
+    threads::run(tasks.count(), |task| {
+        let (tensor, blocks) = tasks.get(task, &raw);
+        // SAFETY: no two tasks share a block; lengths were checked; `isa` was detected here.
+        unsafe { kernel(&job, &raw[tensor], blocks) }
+    });
+}
+
+/// The squared norms of update and parameter, for each tensor: the sums of its tasks, in order.
+fn squared_norms<U: Update<N>, const N: usize>(
+    isa: Isa,
+    step: &Step<U>,
+    tensors: &[Raw<f32>],
+    tasks: &Tasks,
+) -> Vec<[f64; 2]> {
+    let kernel = kernel_norms::<U, N>(isa);
+    let mut sums = vec![[0.0; 2]; tasks.count()];
+    let shared = threads::Shared::new(&mut sums);
+    threads::run(tasks.count(), |task| {
+        let (tensor, blocks) = tasks.get(task, tensors);
+        // SAFETY: the task's own sums; no task writes to tensors; `isa` was detected here.
+        unsafe { shared.part(task..task + 1)[0] = kernel(step, &tensors[tensor], blocks) };
+    });
+    tasks
+        .first
+        .windows(2)
+        .map(|range| {
+            let sums = &sums[range[0]..range[1]];
+            sums.iter().fold([0.0; 2], |[a, b], [c, d]| [a + c, b + d])
+        })
+        .collect()
+}
