@@ -2,7 +2,8 @@
 
 They live under ``torch.ops.<name of this package>``. The schemas of ``quantize_4bit``,
 ``dequantize_4bit[.out]``, ``quantize_blockwise``, ``dequantize_blockwise[.out]``,
-``gemv_4bit[.out]`` and ``gemm_4bit`` are upstream's; the others are ours:
+``gemv_4bit[.out]``, ``gemm_4bit``, ``optimizer_update_32bit`` and
+``optimizer_update_8bit_blockwise`` are upstream's; the others are ours:
 
 ``quantize_4bit.nested``, ``quantize_absmax``
     Double quantization, with the weight or of scales alone.
@@ -11,8 +12,14 @@ They live under ``torch.ops.<name of this package>``. The schemas of ``quantize_
     standard table; ``absmax2``, ``code2`` and ``offset`` are given when ``absmax`` is quantized.
 ``matmul_4bit[.out]``, ``matmul_4bit_grad_input``
     The product with a weight in that form, and its gradient.
+``optimizer_update_32bit.group``, ``optimizer_update_8bit_blockwise.group``
+    An optimizer's step for many parameters that share their hyperparameters. ``state2`` and
+    ``absmax2`` are empty for rules with one state; ``unorm_vec`` (float32 ``[1]`` each, they take
+    the norms of the updates) is empty unless ``max_unorm`` is positive. bfloat16 parameters are
+    rounded to nearest, or at random with one of ``streams`` each, or they are the sum of
+    themselves and their ``compensation``.
 
-The argument lists must equal those in ``crates/halfbyte-torch/src/ops.rs``.
+The argument lists must equal those in ``crates/halfbyte-torch/src/{ops,optim}.rs``.
 """
 
 from __future__ import annotations
@@ -29,6 +36,8 @@ NAMESPACE = __name__.partition(".")[0]
 
 _STATE = "Tensor? code, Tensor? absmax2, Tensor? code2, Tensor? offset, int blocksize2"
 _WEIGHT = "Tensor absmax, int blocksize, str quant_type, int[] shape"
+_RATES = "float beta1, float beta2, float beta3, float alpha, float eps"
+_REST = "float weight_decay, int step, float lr, float gnorm_scale, bool skip_zeros"
 
 _SCHEMAS = {
     "quantize_4bit": "(Tensor A, int blocksize, str quant_type, ScalarType quant_storage)"
@@ -60,6 +69,21 @@ _SCHEMAS = {
     "matmul_4bit.out": f"(Tensor A, Tensor packed, {_WEIGHT}, Tensor? bias, {_STATE},"
     " Tensor(a!) out) -> ()",
     "matmul_4bit_grad_input": f"(Tensor grad_output, Tensor packed, {_WEIGHT}, {_STATE}) -> Tensor",
+    "optimizer_update_32bit": "(str optimizer_name, Tensor(a0!) g, Tensor(a1!) p,"
+    " Tensor(a2!) state1, Tensor(a3!)? state2, Tensor(a4!)? unorm_vec, float max_unorm,"
+    f" float param_norm, {_RATES}, {_REST}=False) -> ()",
+    "optimizer_update_32bit.group": "(str optimizer_name, Tensor[] g, Tensor(a!)[] p,"
+    " Tensor(b!)[] state1, Tensor(c!)[] state2, Tensor(d!)[] unorm_vec,"
+    f" Tensor(e!)[] compensation, float max_unorm, {_RATES}, {_REST}, int[] streams, int seed)"
+    " -> ()",
+    "optimizer_update_8bit_blockwise": "(str optimizer_name, Tensor(a0!) g, Tensor(a1!) p,"
+    f" Tensor(a2!) state1, Tensor(a3!)? state2, {_RATES}, int step, float lr, Tensor(a4!) qmap1,"
+    " Tensor(a5!)? qmap2, Tensor(a6!) absmax1, Tensor(a7!)? absmax2, float weight_decay,"
+    " float gnorm_scale, bool skip_zeros=False) -> ()",
+    "optimizer_update_8bit_blockwise.group": "(str optimizer_name, Tensor[] g, Tensor(a!)[] p,"
+    " Tensor(b!)[] state1, Tensor(c!)[] state2, Tensor(d!)[] absmax1, Tensor(e!)[] absmax2,"
+    f" Tensor(f!)[] compensation, Tensor qmap1, Tensor? qmap2, {_RATES}, {_REST}, int[] streams,"
+    " int seed) -> ()",
 }
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -302,6 +326,106 @@ def _matmul_4bit_grad_input(
     return _product(grad_output, shape, 0, 1)
 
 
+def _expect(what: str, tensor: Tensor, numel: Any, *dtypes: torch.dtype) -> None:
+    if tensor.dtype not in dtypes:
+        names = " or ".join(str(dtype) for dtype in dtypes)
+        raise ValueError(f"{what} must be {names}, got {tensor.dtype}")
+    torch._check(
+        tensor.numel() == numel,
+        lambda: f"{what} must hold {numel} elements, got {tensor.numel()}",
+    )
+
+
+def _optimizer_update(
+    g: Sequence[Tensor],
+    p: Sequence[Tensor],
+    state1: Sequence[Tensor],
+    state2: Sequence[Tensor],
+    state_dtype: torch.dtype,
+    *others: Sequence[Tensor],
+) -> None:
+    """Cheap checks; the kernel has all of them."""
+    if not len(g) == len(p) == len(state1):
+        raise ValueError(
+            f"g and state1 must list {len(p)} tensors as p does, got {len(g)} and {len(state1)}"
+        )
+    for index, (parameter, gradient, state) in enumerate(zip(p, g, state1, strict=True)):
+        rest = [column[index] for column in (state2, *others) if column]
+        _same_device(parameter, gradient, state, *rest)
+        _expect(f"parameter {index}", parameter, parameter.numel(), *_FLOATS)
+        _expect(f"g of parameter {index}", gradient, parameter.numel(), *_FLOATS)
+        if state.dtype != state_dtype:
+            raise ValueError(
+                f"state1 of parameter {index} must be {state_dtype}, got {state.dtype}"
+            )
+
+
+def _optimizer_update_32bit(
+    optimizer_name: str,
+    g: Tensor,
+    p: Tensor,
+    state1: Tensor,
+    state2: Tensor | None,
+    unorm_vec: Tensor | None,
+    *_: Any,
+) -> None:
+    _same_device(g, p, state1, state2, unorm_vec)
+    _optimizer_update([g], [p], [state1], [], torch.float32)
+
+
+def _optimizer_update_32bit_group(
+    optimizer_name: str,
+    g: Sequence[Tensor],
+    p: Sequence[Tensor],
+    state1: Sequence[Tensor],
+    state2: Sequence[Tensor],
+    unorm_vec: Sequence[Tensor],
+    compensation: Sequence[Tensor],
+    *_: Any,
+) -> None:
+    _optimizer_update(g, p, state1, state2, torch.float32, unorm_vec, compensation)
+
+
+def _optimizer_update_8bit(
+    optimizer_name: str,
+    g: Tensor,
+    p: Tensor,
+    state1: Tensor,
+    state2: Tensor | None,
+    beta1: float,
+    beta2: float,
+    beta3: float,
+    alpha: float,
+    eps: float,
+    step: int,
+    lr: float,
+    qmap1: Tensor,
+    qmap2: Tensor | None,
+    absmax1: Tensor,
+    absmax2: Tensor | None,
+    *_: Any,
+) -> None:
+    _same_device(g, p, state1, state2, qmap1, qmap2, absmax1, absmax2)
+    _optimizer_update([g], [p], [state1], [], torch.uint8)
+
+
+def _optimizer_update_8bit_group(
+    optimizer_name: str,
+    g: Sequence[Tensor],
+    p: Sequence[Tensor],
+    state1: Sequence[Tensor],
+    state2: Sequence[Tensor],
+    absmax1: Sequence[Tensor],
+    absmax2: Sequence[Tensor],
+    compensation: Sequence[Tensor],
+    qmap1: Tensor,
+    qmap2: Tensor | None,
+    *_: Any,
+) -> None:
+    _same_device(*p[:1], qmap1, qmap2)
+    _optimizer_update(g, p, state1, state2, torch.uint8, absmax1, absmax2, compensation)
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "quantize_4bit": _quantize_4bit,
     "quantize_4bit.out": _quantize_4bit_out,
@@ -321,6 +445,10 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "matmul_4bit": _matmul_4bit,
     "matmul_4bit.out": _matmul_4bit_out,
     "matmul_4bit_grad_input": _matmul_4bit_grad_input,
+    "optimizer_update_32bit": _optimizer_update_32bit,
+    "optimizer_update_32bit.group": _optimizer_update_32bit_group,
+    "optimizer_update_8bit_blockwise": _optimizer_update_8bit,
+    "optimizer_update_8bit_blockwise.group": _optimizer_update_8bit_group,
 }
 
 
@@ -407,14 +535,21 @@ _GRADIENTS = {
 
 
 def _count_writes(library: torch.library.Library, name: str) -> None:
-    """Makes autograd notice that an op writes to its output arguments."""
+    """Makes autograd notice that an op writes to some of its arguments."""
     packet, _, overload = name.partition(".")
     op = getattr(getattr(torch.ops, NAMESPACE), packet)
-    op = getattr(op, overload)
+    op = getattr(op, overload or "default")
     written = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None]
 
     def kernel(keyset: Any, *args: Any) -> None:
-        torch.autograd.graph.increment_version([args[i] for i in written])
+        changed: list[Tensor] = []
+        for i in written:
+            argument = args[i]
+            if isinstance(argument, Tensor):
+                changed.append(argument)
+            elif argument is not None:
+                changed.extend(argument)
+        torch.autograd.graph.increment_version(changed)
         op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
 
     library.impl(name, kernel, "ADInplaceOrView", with_keyset=True)

@@ -34,11 +34,15 @@ _dequantize_blockwise_out = ops.dequantize_blockwise.out
 _quantize_absmax = ops.quantize_absmax.default
 _matmul_4bit = ops.matmul_4bit.default
 _matmul_4bit_out = ops.matmul_4bit.out
+_optimizer_update_32bit = ops.optimizer_update_32bit.default
+_optimizer_update_8bit_blockwise = ops.optimizer_update_8bit_blockwise.default
 
 _NESTED_BLOCKSIZE = 256
 """Block size of double quantization in every checkpoint."""
 _BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """What ``native.check_blocksize`` accepts."""
+_UNKNOWN_NORM = -1.0
+"""Makes ``optimizer_update_32bit`` compute the parameter's norm itself, if it needs it."""
 _NOT_NESTED = (None, None, None, _NESTED_BLOCKSIZE)
 """absmax2, code2, offset, blocksize2 of a state without double quantization."""
 
@@ -799,6 +803,116 @@ def dequantize_blockwise(
         raise failure(error) from None
 
 
+# ---- optimizer steps -----------------------------------------------------------------------------
+
+
+def optimizer_update_32bit(
+    optimizer_name: str,
+    g: Tensor,
+    p: Tensor,
+    state1: Tensor,
+    beta1: float,
+    eps: float,
+    step: int,
+    lr: float,
+    state2: Tensor | None = None,
+    beta2: float = 0.0,
+    beta3: float = 0.0,
+    alpha: float = 0.0,
+    weight_decay: float = 0.0,
+    gnorm_scale: float = 1.0,
+    unorm_vec: Tensor | None = None,
+    max_unorm: float = 0.0,
+    skip_zeros: bool = False,
+) -> None:
+    """One step of an optimizer with float32 states, in place.
+
+    Args:
+        optimizer_name: ``"adam"``, ``"lamb"`` (the same), ``"momentum"``, ``"lars"`` (the same),
+            ``"rmsprop"``, ``"adagrad"``, ``"lion"`` or ``"ademamix"``.
+        g: the gradient, of the shape of ``p``; float32, float16 or bfloat16, like ``p`` or not.
+        p: the parameter, of any layout; changed.
+        state1: float32, of the shape of ``p`` (``[2, *p.shape]`` for ``"ademamix"``); changed.
+        beta1, beta2, beta3: decay rates of the moments.
+        eps: added to the root of the second moment.
+        step: the number of this step, from 1.
+        lr: learning rate.
+        state2: float32 like ``p``, for ``"adam"``, ``"lamb"`` and ``"ademamix"``; changed.
+        alpha: weight of the slow moment of ``"ademamix"``.
+        weight_decay: decoupled for ``"adam"``, ``"lamb"``, ``"ademamix"`` and ``"lion"``, else
+            added to the gradient.
+        gnorm_scale: gradients are multiplied by it.
+        unorm_vec: float32 ``[1]``, takes the norm of the update when ``max_unorm`` is positive.
+        max_unorm: when positive, the update is scaled down to at most this multiple of the norm of
+            ``p`` (not for ``"adagrad"``, ``"lion"`` and ``"ademamix"``).
+        skip_zeros: leave parameter and states alone where the gradient is zero.
+
+    Raises:
+        ValueError: for an unknown name, a step below 1, or tensors that do not fit each other or
+            overlap. Nothing has been changed then.
+        TypeError: for states of another dtype.
+    """
+    try:
+        _optimizer_update_32bit(
+            *(optimizer_name, g, p, state1, state2, unorm_vec, max_unorm, _UNKNOWN_NORM),
+            *(beta1, beta2, beta3, alpha, eps, weight_decay, step, lr, gnorm_scale, skip_zeros),
+        )
+    except (RuntimeError, NotImplementedError) as error:
+        raise failure(error) from None
+
+
+def optimizer_update_8bit_blockwise(
+    optimizer_name: str,
+    g: Tensor,
+    p: Tensor,
+    state1: Tensor,
+    state2: Tensor | None,
+    beta1: float,
+    beta2: float,
+    beta3: float,
+    alpha: float,
+    eps: float,
+    step: int,
+    lr: float,
+    qmap1: Tensor,
+    qmap2: Tensor | None,
+    absmax1: Tensor,
+    absmax2: Tensor | None,
+    weight_decay: float = 0.0,
+    gnorm_scale: float = 1.0,
+    skip_zeros: bool = False,
+) -> None:
+    """One step of an optimizer with 8-bit states in blocks of 256, in place.
+
+    Where a gradient or a new state is NaN or infinite the parameter stays and its states become
+    zero.
+
+    Args:
+        optimizer_name, g, p, beta1, beta2, beta3, alpha, eps, step, lr, weight_decay,
+            gnorm_scale, skip_zeros: as in :func:`optimizer_update_32bit`.
+        state1: uint8 indices into ``qmap1``, of the shape of ``p`` (``[2, *p.shape]`` for
+            ``"ademamix"``); changed.
+        state2: uint8 indices into ``qmap2`` like ``p``, for rules with a second state; changed.
+        qmap1: ascending float32 ``[256]`` from -1 to 1 (``create_dynamic_map(signed=True)``).
+        qmap2: from 0 to 1 (``create_dynamic_map(signed=False)``), with ``state2``.
+        absmax1: float32 ``[blocks]`` (``[2, blocks]`` for ``"ademamix"``), the scales of
+            ``state1``; changed.
+        absmax2: float32 ``[blocks]``, with ``state2``; changed.
+
+    Raises:
+        ValueError: for an unknown name, a step below 1, a code that does not ascend, or tensors
+            that do not fit each other or overlap. Nothing has been changed then.
+        TypeError: for states of another dtype.
+    """
+    try:
+        _optimizer_update_8bit_blockwise(
+            *(optimizer_name, g, p, state1, state2, beta1, beta2, beta3, alpha, eps, step, lr),
+            *(qmap1, qmap2, absmax1, absmax2, weight_decay, gnorm_scale, skip_zeros),
+        )
+    except (RuntimeError, NotImplementedError) as error:
+        raise failure(error) from None
+
+
 # ---- for clients that go below this module -------------------------------------------------------
 
 
@@ -838,6 +952,8 @@ __all__ = [
     "is_on_gpu",
     "lib",
     "name2qmap",
+    "optimizer_update_32bit",
+    "optimizer_update_8bit_blockwise",
     "pack_dict_to_tensor",
     "quantize_4bit",
     "quantize_blockwise",

@@ -2,11 +2,11 @@
 
     .venv-upstream/bin/python tests/parity/oracle.py FOLDER
 
-FOLDER holds ``request.json`` (``{"jobs": [{"id", "op", "tensors", "options"}]}``) and
+FOLDER holds ``request.json`` (``{"portable", "jobs": [{"id", "op", "tensors", "options"}]}``) and
 ``inputs.safetensors``; ``tensors`` maps an argument to the name of a tensor of that file. The
 answers are written beside them: ``outputs.safetensors`` with tensors named ``<id>/<tensor>`` and
 ``reply.json`` with the versions and, for each job, its facts or its error. Everything runs through
-the portable path.
+the portable path, unless the request says ``"portable": false``.
 """
 
 from __future__ import annotations
@@ -22,15 +22,14 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import bitsandbytes as upstream
+import bitsandbytes.functional as F
+import optimizers
 import portable
 import torch
+from bitsandbytes import optim
+from bitsandbytes.nn import Linear4bit, Params4bit
 from safetensors.torch import load_file, save_file
-
-portable.force_portable()
-
-import bitsandbytes as upstream  # noqa: E402
-import bitsandbytes.functional as F  # noqa: E402
-from bitsandbytes.nn import Linear4bit, Params4bit  # noqa: E402
 
 Tensors = dict[str, torch.Tensor]
 Answer = tuple[Tensors, dict[str, Any]]
@@ -223,6 +222,29 @@ def read_llama(tensors: Tensors, options: dict[str, Any]) -> Answer:
     return _answer_llama(model, tensors)
 
 
+def optim_train(tensors: Tensors, options: dict[str, Any]) -> Answer:
+    """Train one kind of optimizer, or go on from a state dict of somebody else."""
+    return optimizers.train(
+        optim,
+        optimizers.KINDS[options["kind"]],
+        tensors,
+        first=options["first"],
+        last=options["last"],
+        begin=options.get("begin", 0),
+        load=options.get("load"),
+        save=options.get("save"),
+    )
+
+
+def optim_facts(_: Tensors, options: dict[str, Any]) -> Answer:
+    """Signatures of the optimizer classes, and what they refuse."""
+    del options
+    return {}, {
+        "signatures": optimizers.signatures(optim),
+        "outcomes": optimizers.outcomes(optim),
+    }
+
+
 OPS: dict[str, Callable[[Tensors, dict[str, Any]], Answer]] = {
     function.__name__: function
     for function in (
@@ -236,6 +258,8 @@ OPS: dict[str, Callable[[Tensors, dict[str, Any]], Answer]] = {
         make_llama,
         write_llama,
         read_llama,
+        optim_train,
+        optim_facts,
     )
 }
 
@@ -243,7 +267,10 @@ OPS: dict[str, Callable[[Tensors, dict[str, Any]], Answer]] = {
 def main(folder: Path) -> int:
     """Answer every job of a folder."""
     torch.set_num_threads(1)
-    jobs = json.loads((folder / "request.json").read_text())["jobs"]
+    request = json.loads((folder / "request.json").read_text())
+    if request["portable"]:
+        portable.force_portable()
+    jobs = request["jobs"]
     inputs = load_file(folder / "inputs.safetensors")
     outputs: Tensors = {}
     replies: dict[str, Any] = {}

@@ -49,9 +49,10 @@ class Reply:
 
 @dataclass
 class Batch:
-    """Jobs collected for one run of the oracle."""
+    """Jobs collected for one run of the oracle, by default through upstream's portable kernels."""
 
     folder: Path
+    portable: bool = True
     jobs: list[dict[str, Any]] = field(default_factory=list)
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -70,7 +71,9 @@ class Batch:
             raise RuntimeError(problem)
         self.folder.mkdir(parents=True, exist_ok=True)
         save_file(self.inputs, self.folder / "inputs.safetensors")
-        (self.folder / "request.json").write_text(json.dumps({"jobs": self.jobs}))
+        (self.folder / "request.json").write_text(
+            json.dumps({"portable": self.portable, "jobs": self.jobs})
+        )
         environment = {
             key: value
             for key, value in os.environ.items()

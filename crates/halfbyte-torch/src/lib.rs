@@ -6,11 +6,14 @@
 //! - [`shim`]: the C functions of libtorch, bound at run time;
 //! - [`tensor`], [`stack`]: owning handles, checked memory, arguments and results;
 //! - [`error`]: how a failure becomes a Python exception;
-//! - [`ops`]: the ops;
+//! - [`overlap`]: whether tensors share memory;
+//! - [`ops`], [`optim`]: the ops;
 //! - [`python`]: the few functions that `halfbyte._native` exports.
 
 mod error;
 mod ops;
+mod optim;
+mod overlap;
 mod python;
 mod shim;
 mod stack;

@@ -87,7 +87,7 @@ group! {
 }
 
 /// Lets the core use as many threads as torch does now.
-fn use_torch_threads() {
+pub(crate) fn use_torch_threads() {
     static CURRENT: AtomicU32 = AtomicU32::new(0);
     let Some(get) = shim().torch_get_num_threads else { return };
     let mut threads = 0;

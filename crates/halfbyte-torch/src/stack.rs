@@ -46,6 +46,18 @@ impl Slot for i64 {
     }
 }
 
+impl Slot for f64 {
+    unsafe fn pop(value: Value) -> Self {
+        Self::from_bits(value)
+    }
+}
+
+impl Slot for bool {
+    unsafe fn pop(value: Value) -> Self {
+        value as u8 != 0
+    }
+}
+
 impl Slot for ScalarType {
     unsafe fn pop(value: Value) -> Self {
         Self(value as u32 as i32)
@@ -102,36 +114,50 @@ impl Str {
     }
 }
 
-/// A list of integers.
+/// A list. Its items are not freed with it: whoever gets one owns it.
 #[derive(Debug)]
-pub(crate) struct Ints(Handle);
+struct List(Handle);
 
-impl Slot for Ints {
-    unsafe fn pop(value: Value) -> Self {
-        Self(value as usize as Handle)
-    }
-}
-
-impl Drop for Ints {
+impl Drop for List {
     fn drop(&mut self) {
         // SAFETY: the handle is owned and freed once.
         unsafe { (shim().torch_delete_list)(self.0) };
     }
 }
 
-impl Ints {
-    pub(crate) fn len(&self) -> Result<usize> {
+impl List {
+    fn len(&self) -> Result<usize> {
         let mut len = 0;
         // SAFETY: the handle is valid.
         check(unsafe { (shim().torch_list_size)(self.0, &raw mut len) })?;
         Ok(len)
     }
 
-    fn get(&self, index: usize) -> Result<i64> {
+    fn get(&self, index: usize) -> Result<Value> {
         let mut item = 0;
         // SAFETY: the handle is valid; an index past the end is an error of the shim.
         check(unsafe { (shim().torch_list_get_item)(self.0, index, &raw mut item) })?;
-        Ok(item as i64)
+        Ok(item)
+    }
+}
+
+/// A list of integers, read where it is.
+#[derive(Debug)]
+pub(crate) struct Ints(List);
+
+impl Slot for Ints {
+    unsafe fn pop(value: Value) -> Self {
+        Self(List(value as usize as Handle))
+    }
+}
+
+impl Ints {
+    pub(crate) fn len(&self) -> Result<usize> {
+        self.0.len()
+    }
+
+    fn get(&self, index: usize) -> Result<i64> {
+        Ok(self.0.get(index)? as i64)
     }
 
     /// Calls `f` with the integers, without a heap allocation for up to eight.
@@ -146,6 +172,17 @@ impl Ints {
         }
         let many = (0..len).map(|index| self.get(index)).collect::<Result<Vec<_>>>()?;
         f(&many)
+    }
+}
+
+/// A list of which every item is taken: tensors are owned, and must be freed one by one.
+impl<T: Slot> Slot for Vec<T> {
+    unsafe fn pop(value: Value) -> Self {
+        const READABLE: &str = "libtorch reads the list that it made";
+        let list = List(value as usize as Handle);
+        let len = list.len().expect(READABLE);
+        // SAFETY: the items are slots of the inner type, each popped once.
+        (0..len).map(|index| unsafe { T::pop(list.get(index).expect(READABLE)) }).collect()
     }
 }
 

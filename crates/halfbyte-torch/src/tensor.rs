@@ -1,10 +1,10 @@
 //! Tensors as kernels see them: an owning handle, and checked slices of its memory.
 
 use crate::error::{Error, Result};
+use crate::overlap::Place;
 use crate::shim::{Handle, Value, check, shim};
 use halfbyte::{bf16, f16};
 use std::ffi::c_void;
-use std::marker::PhantomData;
 use std::sync::OnceLock;
 
 /// `at::ScalarType` by the number that this libtorch gives it.
@@ -101,6 +101,30 @@ macro_rules! with_float {
     }};
 }
 pub(crate) use with_float;
+
+/// What messages call a tensor.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Name {
+    pub(crate) what: &'static str,
+    /// The parameter that it belongs to, where there are many.
+    pub(crate) of: Option<usize>,
+}
+
+impl From<&'static str> for Name {
+    fn from(what: &'static str) -> Self {
+        Self { what, of: None }
+    }
+}
+
+impl std::fmt::Display for Name {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match (self.what, self.of) {
+            (what, None) => f.write_str(what),
+            ("p", Some(index)) => write!(f, "parameter {index}"),
+            (what, Some(index)) => write!(f, "{what} of parameter {index}"),
+        }
+    }
+}
 
 /// An owning tensor handle.
 #[derive(Debug)]
@@ -220,7 +244,7 @@ impl Tensor {
         Ok(unsafe { borrowed(sizes, dim) })
     }
 
-    fn strides(&self) -> Result<&[i64]> {
+    pub(crate) fn strides(&self) -> Result<&[i64]> {
         let dim = self.dim()?;
         let mut strides = std::ptr::null_mut();
         // SAFETY: the handle is valid.
@@ -236,12 +260,6 @@ impl Tensor {
         Ok(ScalarType(dtype))
     }
 
-    fn item_size(&self) -> Result<usize> {
-        let dtype = self.dtype()?;
-        dtype
-            .size()
-            .ok_or_else(|| Error::Type(format!("tensors of {} are not supported", dtype.name())))
-    }
 
     fn copy_from(&self, source: &Self) -> Result<()> {
         // SAFETY: both handles are valid.
@@ -250,7 +268,7 @@ impl Tensor {
 
     /// Checks that the memory the tensor claims is really there: on the CPU, and inside its
     /// storage (FSDP shrinks storages under live tensors). Says if it is contiguous.
-    fn inspect(&self, what: &str) -> Result<Inspection> {
+    fn inspect(&self, what: Name) -> Result<Inspection> {
         let s = shim();
         let (mut device, mut offset, mut storage) = (0, 0, 0);
         // SAFETY: the handle is valid.
@@ -264,12 +282,17 @@ impl Tensor {
             check((s.aoti_torch_get_storage_offset)(self.0, &raw mut offset))?;
             check((s.aoti_torch_get_storage_size)(self.0, &raw mut storage))?;
         }
-        let (numel, item) = (self.numel()?, self.item_size()?);
-        let (mut contiguous, mut step, mut last) = (true, 1i64, 0i64);
+        let (numel, dtype) = (self.numel()?, self.dtype()?);
+        let item = dtype.size().ok_or_else(|| {
+            Error::Type(format!("{what}: tensors of {} are not supported", dtype.name()))
+        })?;
+        let (mut contiguous, mut distinct) = (true, true);
+        let (mut step, mut last) = (1i64, 0i64);
         if numel > 0 {
             for (&size, &stride) in self.sizes()?.iter().zip(self.strides()?).rev() {
                 if size != 1 {
                     contiguous &= stride == step;
+                    distinct &= stride != 0;
                     step *= size;
                     last = last.saturating_add((size - 1).saturating_mul(stride));
                 }
@@ -282,44 +305,39 @@ impl Tensor {
                 )));
             }
         }
-        Ok(Inspection { contiguous, numel, bytes: numel * item, item })
+        let reach = if numel == 0 { 0 } else { (last as usize + 1) * item };
+        Ok(Inspection { contiguous, distinct, numel, bytes: numel * item, item, reach, dtype })
     }
 
     /// The elements for reading: in place when contiguous, else a contiguous copy.
-    pub(crate) fn read(&self, what: &'static str) -> Result<Source<'_>> {
+    pub(crate) fn read(&self, what: impl Into<Name>) -> Result<Source<'_>> {
+        let what = what.into();
         let inspection = self.inspect(what)?;
-        if inspection.contiguous {
-            let data = self.const_data(&inspection)?;
-            if (data as usize).is_multiple_of(inspection.item) {
-                let dtype = self.dtype()?;
-                return Ok(Source {
-                    what,
-                    data,
-                    inspection,
-                    dtype,
-                    _copy: None,
-                    _tensor: PhantomData,
-                });
-            }
+        let data = self.const_data(&inspection)?;
+        let place = inspection.place(what, self, data);
+        if inspection.contiguous && (data as usize).is_multiple_of(inspection.item) {
+            return Ok(Source { place, data, inspection, _copy: None });
         }
-        self.copied(what, self.dtype()?)
+        self.copied(place, inspection.dtype)
     }
 
     /// The elements as `T`, converted when the tensor has another dtype.
-    pub(crate) fn read_as<T: Scalar>(&self, what: &'static str) -> Result<Source<'_>> {
+    pub(crate) fn read_as<T: Scalar>(&self, what: impl Into<Name>) -> Result<Source<'_>> {
+        let what = what.into();
         if self.dtype()? == T::scalar_type() {
             return self.read(what);
         }
-        self.inspect(what)?;
-        self.copied(what, T::scalar_type())
+        let inspection = self.inspect(what)?;
+        let place = inspection.place(what, self, self.const_data(&inspection)?);
+        self.copied(place, T::scalar_type())
     }
 
-    fn copied(&self, what: &'static str, dtype: ScalarType) -> Result<Source<'_>> {
+    fn copied<'a>(&self, place: Place<'a>, dtype: ScalarType) -> Result<Source<'a>> {
         let copy = Self::empty(self.sizes()?, dtype)?;
         copy.copy_from(self)?;
-        let inspection = copy.inspect(what)?;
+        let inspection = copy.inspect(place.name)?;
         let data = copy.const_data(&inspection)?;
-        Ok(Source { what, data, inspection, dtype, _copy: Some(copy), _tensor: PhantomData })
+        Ok(Source { place, data, inspection, _copy: Some(copy) })
     }
 
     fn const_data(&self, inspection: &Inspection) -> Result<*const c_void> {
@@ -329,21 +347,36 @@ impl Tensor {
         inspection.present(data)
     }
 
-    /// The elements for writing: in place when contiguous, else a buffer that
-    /// [`Destination::finish`] copies back.
-    pub(crate) fn write(&self, what: &'static str) -> Result<Destination<'_>> {
+    /// The elements for overwriting: in place when contiguous, else a buffer that
+    /// [`Destination::finish`] copies back. Its contents at first are of no use.
+    pub(crate) fn write(&self, what: impl Into<Name>) -> Result<Destination<'_>> {
+        let what = what.into();
         let inspection = self.inspect(what)?;
-        let dtype = self.dtype()?;
-        if inspection.contiguous {
-            let data = self.mutable_data(&inspection)?;
-            if (data as usize).is_multiple_of(inspection.item) {
-                return Ok(Destination { what, tensor: self, data, inspection, dtype, copy: None });
-            }
+        if !inspection.distinct {
+            return Err(Error::Value(format!(
+                "{what} must have a place of its own for every element, got a tensor that was \
+                 expanded (strides {:?})",
+                self.strides()?
+            )));
         }
-        let copy = Self::empty(self.sizes()?, dtype)?;
+        let data = self.mutable_data(&inspection)?;
+        let place = inspection.place(what, self, data);
+        if inspection.contiguous && (data as usize).is_multiple_of(inspection.item) {
+            return Ok(Destination { place, data, inspection, copy: None });
+        }
+        let copy = Self::empty(self.sizes()?, inspection.dtype)?;
         let inspection = copy.inspect(what)?;
         let data = copy.mutable_data(&inspection)?;
-        Ok(Destination { what, tensor: self, data, inspection, dtype, copy: Some(copy) })
+        Ok(Destination { place, data, inspection, copy: Some(copy) })
+    }
+
+    /// The elements for changing: as [`write`](Self::write), and a buffer holds the tensor's values.
+    pub(crate) fn update(&self, what: impl Into<Name>) -> Result<Destination<'_>> {
+        let destination = self.write(what)?;
+        if let Some(copy) = &destination.copy {
+            copy.copy_from(self)?;
+        }
+        Ok(destination)
     }
 
     fn mutable_data(&self, inspection: &Inspection) -> Result<*mut c_void> {
@@ -367,13 +400,23 @@ unsafe fn borrowed<'a, T>(data: *const T, len: usize) -> &'a [T] {
 /// What [`Tensor::inspect`] has established.
 #[derive(Debug)]
 struct Inspection {
+    dtype: ScalarType,
     contiguous: bool,
+    /// No two elements lie in one place because of a stride of 0.
+    distinct: bool,
     numel: usize,
     bytes: usize,
     item: usize,
+    /// Bytes from the first element to the end of the last one in memory.
+    reach: usize,
 }
 
 impl Inspection {
+    fn place<'a>(&self, name: Name, tensor: &'a Tensor, data: *const c_void) -> Place<'a> {
+        let dense = self.reach == self.bytes;
+        Place { name, tensor, start: data as usize, reach: self.reach, item: self.item, dense }
+    }
+
     /// Empty tensors have no address; they get one that is aligned for everything.
     fn present(&self, data: *const c_void) -> Result<*const c_void> {
         if self.bytes == 0 {
@@ -389,21 +432,24 @@ impl Inspection {
 /// Checked, contiguous, aligned memory for reading.
 #[derive(Debug)]
 pub(crate) struct Source<'a> {
-    what: &'static str,
+    /// Where the tensor lies, whether or not it was copied.
+    place: Place<'a>,
     data: *const c_void,
     inspection: Inspection,
-    dtype: ScalarType,
     _copy: Option<Tensor>,
-    _tensor: PhantomData<&'a Tensor>,
 }
 
-impl Source<'_> {
+impl<'a> Source<'a> {
+    pub(crate) fn place(&self) -> Place<'a> {
+        self.place
+    }
+
     pub(crate) fn len(&self) -> usize {
         self.inspection.numel
     }
 
     pub(crate) fn dtype(&self) -> ScalarType {
-        self.dtype
+        self.inspection.dtype
     }
 
     /// The raw bytes, whatever the dtype.
@@ -415,7 +461,7 @@ impl Source<'_> {
     /// # Errors
     /// [`Error::Type`] when the tensor holds another dtype.
     pub(crate) fn slice<T: Scalar>(&self) -> Result<&[T]> {
-        expect_dtype::<T>(self.what, self.dtype)?;
+        expect_dtype::<T>(self.place.name, self.inspection.dtype)?;
         // SAFETY: the dtype is T's, the length was checked by `inspect`, the alignment by `read`.
         Ok(unsafe { std::slice::from_raw_parts(self.data.cast(), self.inspection.numel) })
     }
@@ -424,17 +470,24 @@ impl Source<'_> {
 /// Checked, contiguous, aligned memory for writing.
 #[derive(Debug)]
 pub(crate) struct Destination<'a> {
-    what: &'static str,
-    tensor: &'a Tensor,
+    /// Where the tensor lies, whether or not it was copied.
+    place: Place<'a>,
     data: *mut c_void,
     inspection: Inspection,
-    dtype: ScalarType,
     copy: Option<Tensor>,
 }
 
-impl Destination<'_> {
+impl<'a> Destination<'a> {
+    pub(crate) fn place(&self) -> Place<'a> {
+        self.place
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.inspection.numel
+    }
+
     pub(crate) fn dtype(&self) -> ScalarType {
-        self.dtype
+        self.inspection.dtype
     }
 
     /// The raw bytes, whatever the dtype.
@@ -447,7 +500,7 @@ impl Destination<'_> {
     /// # Errors
     /// [`Error::Type`] when the tensor holds another dtype.
     pub(crate) fn slice_mut<T: Scalar>(&mut self) -> Result<&mut [T]> {
-        expect_dtype::<T>(self.what, self.dtype)?;
+        expect_dtype::<T>(self.place.name, self.inspection.dtype)?;
         // SAFETY: the dtype is T's, the length was checked by `inspect`, the alignment by
         // `write`; memory from torch counts as initialized (see `bytes_mut`).
         Ok(unsafe { std::slice::from_raw_parts_mut(self.data.cast(), self.inspection.numel) })
@@ -455,18 +508,18 @@ impl Destination<'_> {
 
     /// Refuses to write over memory that is being read.
     pub(crate) fn apart_from(&self, source: &Source<'_>) -> Result<()> {
-        self.apart(source.what, source.data as usize, source.inspection.bytes)
+        self.apart(source.place.name, source.data as usize, source.inspection.bytes)
     }
 
     /// Refuses to write the same memory twice.
     pub(crate) fn apart_from_output(&self, other: &Self) -> Result<()> {
-        self.apart(other.what, other.data as usize, other.inspection.bytes)
+        self.apart(other.place.name, other.data as usize, other.inspection.bytes)
     }
 
-    fn apart(&self, what: &str, data: usize, bytes: usize) -> Result<()> {
+    fn apart(&self, what: Name, data: usize, bytes: usize) -> Result<()> {
         let own = self.data as usize;
         if own < data + bytes && data < own + self.inspection.bytes {
-            return Err(Error::Value(format!("{} must not overlap {what}", self.what)));
+            return Err(Error::Value(format!("{} must not overlap {what}", self.place.name)));
         }
         Ok(())
     }
@@ -474,13 +527,13 @@ impl Destination<'_> {
     /// Copies the result to where it belongs, if it was written elsewhere.
     pub(crate) fn finish(self) -> Result<()> {
         match &self.copy {
-            Some(copy) => self.tensor.copy_from(copy),
+            Some(copy) => self.place.tensor.copy_from(copy),
             None => Ok(()),
         }
     }
 }
 
-fn expect_dtype<T: Scalar>(what: &str, got: ScalarType) -> Result<()> {
+fn expect_dtype<T: Scalar>(what: Name, got: ScalarType) -> Result<()> {
     if got == T::scalar_type() {
         return Ok(());
     }
