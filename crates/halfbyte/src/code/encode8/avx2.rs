@@ -169,7 +169,9 @@ impl<const SIGNED: bool> Encode32 for Dynamic256<SIGNED> {
     #[inline]
     #[target_feature(enable = "avx2,fma")]
     unsafe fn encode32(&self, y: [__m256; 4]) -> __m256i {
-        let t = y.map(|y| self.position(y));
+        // Written out: a closure that is not inlined passes its vector through memory.
+        let [a, b, c, d] = y;
+        let t = [self.position(a), self.position(b), self.position(c), self.position(d)];
         let fraction = |t| _mm256_and_si256(t, _mm256_set1_epi32(DOUBT));
         // Fractions are below 2^15: the minimum is zero when any of the four is.
         let ab = _mm256_min_epi16(fraction(t[0]), fraction(t[1]));

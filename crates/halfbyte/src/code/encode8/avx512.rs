@@ -174,7 +174,9 @@ impl<const SIGNED: bool> Encode64 for Dynamic512<SIGNED> {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
     unsafe fn encode64(&self, y: [__m512; 4]) -> __m512i {
-        let t = y.map(|y| self.position(y));
+        // Written out: a closure that is not inlined passes its vector through memory.
+        let [a, b, c, d] = y;
+        let t = [self.position(a), self.position(b), self.position(c), self.position(d)];
         let doubt = |t| _mm512_testn_epi32_mask(t, _mm512_set1_epi32(DOUBT));
         if doubt(t[0]) | doubt(t[1]) | doubt(t[2]) | doubt(t[3]) != 0 {
             return self.settle(y, t);
