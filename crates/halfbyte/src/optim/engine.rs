@@ -19,7 +19,7 @@ mod coder;
 
 use super::float::{self, Buffer, LEN};
 use super::round::{self, Random};
-use super::rules::{AdEmaMix, Adagrad, Adam, Lion, Momentum, RmsProp, Step, Update};
+use super::rules::{AdEmaMix, Adagrad, Adam, Lion, Momentum, RmsProp, ScheduleFree, Step, Update};
 use super::tensor::{Rounding, Tensor8, Tensor32};
 use super::vector::Vector;
 use super::{Hyper, Rule};
@@ -41,7 +41,9 @@ struct Raw<S> {
     n: usize,
     param: (DType, *mut c_void),
     grad: (DType, *const c_void),
-    /// First moments, then the second.
+    /// A state that is float32 beside 8-bit ones, or null.
+    floats: *mut f32,
+    /// First moments, then the second; for 8-bit states after a place for `floats`, if it is there.
     states: [*mut S; 3],
     /// Of 8-bit states.
     absmax: [*mut f32; 3],
@@ -75,14 +77,13 @@ impl RawRounding {
     }
 }
 
-/// The parts of states: `first` of the first kind one after the other, then the second.
-fn parts<S>(n: usize, first: usize, state1: &mut [S], state2: &mut [S]) -> [*mut S; 3] {
+/// The parts of states from place `start` on: those of the first kind, one after the other, then
+/// the second.
+fn parts<S>(start: usize, n: usize, state1: &mut [S], state2: &mut [S]) -> [*mut S; 3] {
     let mut parts = [std::ptr::null_mut(); 3];
-    for (part, chunk) in parts.iter_mut().zip(state1.chunks_mut(n.max(1))) {
+    let all = state1.chunks_mut(n.max(1)).chain(state2.chunks_mut(n.max(1)));
+    for (part, chunk) in parts[start..].iter_mut().zip(all) {
         *part = chunk.as_mut_ptr();
-    }
-    if !state2.is_empty() {
-        parts[first] = state2.as_mut_ptr();
     }
     parts
 }
@@ -96,6 +97,18 @@ impl<S> Raw<S> {
     fn block(&self, block: usize) -> (usize, usize) {
         let start = block * LEN;
         (start, LEN.min(self.n - start))
+    }
+
+    /// The states from an element on.
+    #[inline(always)]
+    fn states_at<const N: usize>(&self, start: usize) -> [*mut S; N] {
+        std::array::from_fn(|i| self.states[i].wrapping_add(start))
+    }
+
+    /// The scales of a block.
+    #[inline(always)]
+    fn scales_at<const N: usize>(&self, block: usize) -> [*mut f32; N] {
+        std::array::from_fn(|i| self.absmax[i].wrapping_add(block))
     }
 
     /// A block of the parameter as float32, where it is or in `buffer`.
@@ -159,8 +172,9 @@ unsafe fn blocks8<V: Vector, U: Update<N>, const N: usize>(
 ) {
     let mut buffers = [Buffer([0.0; LEN]), Buffer([0.0; LEN])];
     let [g_buffer, p_buffer] = &mut buffers;
-    // A zero of the default codes, for what a short block lacks.
+    // Zeros, and zeros of the default codes, for what a short block lacks.
     let mut padded = [[0u8; LEN]; N];
+    let mut padded_floats = Buffer([0.0; LEN]);
     for block in blocks {
         let (start, n) = t.block(block);
         // SAFETY: the block lies inside the tensor, whose states and scales were checked to have
@@ -168,21 +182,30 @@ unsafe fn blocks8<V: Vector, U: Update<N>, const N: usize>(
         unsafe {
             let g = float::read::<V>(t.grad, start, n, g_buffer);
             let p = t.read_param::<V>(block, p_buffer);
-            let mut q: [*mut u8; N] = std::array::from_fn(|i| t.states[i].add(start));
-            let scales: [*mut f32; N] = std::array::from_fn(|i| t.absmax[i].add(block));
+            let mut q: [*mut u8; N] = t.states_at(start);
+            let scales: [*mut f32; N] = t.scales_at(block);
+            let mut floats = t.floats.wrapping_add(start);
             if n < LEN {
-                for i in 0..N {
+                if U::FLOATS > 0 {
+                    let data = (DType::F32, floats.cast_const().cast());
+                    floats = float::read::<V>(data, 0, n, &mut padded_floats).cast_mut();
+                }
+                for i in U::FLOATS..N {
                     let zero = if i < N - U::SECOND { 127 } else { 0 };
                     padded[i] = [zero; LEN];
                     padded[i][..n].copy_from_slice(std::slice::from_raw_parts(q[i], n));
                     q[i] = padded[i].as_mut_ptr();
                 }
             }
-            if !block8::<V, U, N>(signed, unsigned, &job.step, t.rate, g, p, q, scales) {
-                by_element::<U, N>(job, t.rate, LEN, g, p, q, scales);
+            let b = Block8 { g, p, floats, q, scales };
+            if !block8::<V, U, N>(signed, unsigned, &job.step, t.rate, &b) {
+                by_element::<U, N>(job, t.rate, LEN, &b);
             }
             if n < LEN {
-                for i in 0..N {
+                if U::FLOATS > 0 {
+                    float::write::<V>((DType::F32, t.floats.cast()), start, n, &padded_floats);
+                }
+                for i in U::FLOATS..N {
                     let to = std::slice::from_raw_parts_mut(t.states[i].add(start), n);
                     to.copy_from_slice(&padded[i][..n]);
                 }
@@ -192,21 +215,27 @@ unsafe fn blocks8<V: Vector, U: Update<N>, const N: usize>(
     }
 }
 
+/// A block of a tensor with 8-bit states.
+struct Block8<const N: usize> {
+    g: *const f32,
+    p: *mut f32,
+    /// The state that is float32, if any: the first.
+    floats: *mut f32,
+    q: [*mut u8; N],
+    scales: [*mut f32; N],
+}
+
 /// One whole block. False, and nothing is changed, when it must be done by [`by_element`].
 ///
 /// # Safety
 /// Gradient, parameter and states hold 256 elements; the CPU has the instruction set.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)] // inlined: the parts of a tensor
 unsafe fn block8<V: Vector, U: Update<N>, const N: usize>(
     signed: &impl Coder<V>,
     unsigned: &impl Coder<V>,
     step: &Step<U>,
     rate: f32,
-    g: *const f32,
-    p: *mut f32,
-    q: [*mut u8; N],
-    scales: [*mut f32; N],
+    b: &Block8<N>,
 ) -> bool {
     let mut states = [const { Buffer([0.0; LEN]) }; N];
     let mut carries = Buffer([0.0; LEN]);
@@ -218,11 +247,17 @@ unsafe fn block8<V: Vector, U: Update<N>, const N: usize>(
         for at in (0..LEN).step_by(group) {
             let mut old = [[gnorm_scale; 4]; N];
             for i in 0..N {
-                let scale = V::splat(*scales[i]);
+                if i < U::FLOATS {
+                    for v in 0..4 {
+                        old[i][v] = V::load(b.floats.cast_const().add(at + v * V::LANES));
+                    }
+                    continue;
+                }
+                let scale = V::splat(*b.scales[i]);
                 let values = if i < N - U::SECOND {
-                    signed.decode(q[i].add(at))
+                    signed.decode(b.q[i].add(at))
                 } else {
-                    unsigned.decode(q[i].add(at))
+                    unsigned.decode(b.q[i].add(at))
                 };
                 for v in 0..4 {
                     old[i][v] = values[v].mul(scale);
@@ -234,8 +269,9 @@ unsafe fn block8<V: Vector, U: Update<N>, const N: usize>(
                 for i in 0..N {
                     s[i] = old[i][v];
                 }
-                let g = V::load(g.add(at)).mul(gnorm_scale);
-                let (s, carry) = step.rule.states(g, V::load(p.add(at)), s);
+                let g = V::load(b.g.add(at)).mul(gnorm_scale);
+                let p = V::load(b.p.cast_const().add(at));
+                let (s, carry) = step.rule.states(g, p, s);
                 for i in 0..N {
                     top[i] = top[i].max_magnitude(s[i]);
                     s[i].store(states[i].0.as_mut_ptr().add(at));
@@ -249,8 +285,8 @@ unsafe fn block8<V: Vector, U: Update<N>, const N: usize>(
         let mut absmax = [0.0; N];
         for i in 0..N {
             let top = top[i].largest();
-            let direct = top == 0.0 || (top > Normalizer::SMALLEST_DIRECT && top.is_finite());
-            if !direct {
+            let invertible = i < U::FLOATS || top == 0.0 || top > Normalizer::SMALLEST_DIRECT;
+            if !(invertible && top.is_finite()) {
                 return false;
             }
             absmax[i] = top;
@@ -264,23 +300,27 @@ unsafe fn block8<V: Vector, U: Update<N>, const N: usize>(
                 let mut s = [rate; N];
                 for i in 0..N {
                     s[i] = V::load(states[i].0.as_ptr().add(at));
-                    y[i][v] = s[i].mul(V::splat(reciprocals[i]));
+                    if i < U::FLOATS {
+                        s[i].store(b.floats.add(at));
+                    } else {
+                        y[i][v] = s[i].mul(V::splat(reciprocals[i]));
+                    }
                 }
                 let carry = if U::CARRIES { V::load(carries.0.as_ptr().add(at)) } else { rate };
                 let update = step.rule.update(s, carry);
-                let old = V::load(p.cast_const().add(at));
-                update.mul_add(rate, old.mul(decay)).store(p.add(at));
+                let old = V::load(b.p.cast_const().add(at));
+                update.mul_add(rate, old.mul(decay)).store(b.p.add(at));
             }
-            for i in 0..N {
+            for i in U::FLOATS..N {
                 if i < N - U::SECOND {
-                    signed.encode(y[i], q[i].add(at));
+                    signed.encode(y[i], b.q[i].add(at));
                 } else {
-                    unsigned.encode(y[i], q[i].add(at));
+                    unsigned.encode(y[i], b.q[i].add(at));
                 }
             }
         }
-        for i in 0..N {
-            *scales[i] = absmax[i];
+        for i in U::FLOATS..N {
+            *b.scales[i] = absmax[i];
         }
     }
     true
@@ -294,22 +334,25 @@ unsafe fn by_element<U: Update<N>, const N: usize>(
     job: &Job8<'_, U>,
     rate: f32,
     n: usize,
-    g: *const f32,
-    p: *mut f32,
-    q: [*mut u8; N],
-    scales: [*mut f32; N],
+    b: &Block8<N>,
 ) {
     let code = |i: usize| job.codes[usize::from(i >= N - U::SECOND)];
     let mut states = [[0.0f32; LEN]; N];
     for j in 0..n {
         // SAFETY: j < n; the scales are the block's.
         unsafe {
-            let (g, p) = (*g.add(j), p.add(j));
-            let old: [f32; N] =
-                std::array::from_fn(|i| code(i).values()[usize::from(*q[i].add(j))] * *scales[i]);
+            let (g, p) = (*b.g.add(j), b.p.add(j));
+            let old: [f32; N] = std::array::from_fn(|i| {
+                if i < U::FLOATS {
+                    *b.floats.add(j)
+                } else {
+                    code(i).values()[usize::from(*b.q[i].add(j))] * *b.scales[i]
+                }
+            });
             let (new, carry) = job.step.rule.states(g * job.step.gnorm_scale, *p, old);
             let s = if !new.iter().all(|s| s.is_finite()) {
-                [0.0; N]
+                // What is not a moment stays, as the parameter does.
+                std::array::from_fn(|i| if i < U::FLOATS { old[i] } else { 0.0 })
             } else if job.skip_zeros && g == 0.0 {
                 old
             } else {
@@ -323,15 +366,20 @@ unsafe fn by_element<U: Update<N>, const N: usize>(
     }
     for i in 0..N {
         let s = &states[i][..n];
+        if i < U::FLOATS {
+            // SAFETY: there are n of them.
+            unsafe { std::slice::from_raw_parts_mut(b.floats, n) }.copy_from_slice(s);
+            continue;
+        }
         let absmax = s.iter().fold(0.0f32, |top, s| top.max(s.abs()));
         let normalizer = Normalizer::new(absmax);
         for (j, &s) in s.iter().enumerate() {
             let index = nearest(code(i), normalizer.apply(s).clamp(-1.0, 1.0));
             // SAFETY: j < n.
-            unsafe { *q[i].add(j) = keep_sign(code(i), index, s) };
+            unsafe { *b.q[i].add(j) = keep_sign(code(i), index, s) };
         }
         // SAFETY: the scale is the block's.
-        unsafe { *scales[i] = absmax };
+        unsafe { *b.scales[i] = absmax };
     }
 }
 
@@ -366,9 +414,9 @@ unsafe fn blocks8_scalar<U: Update<N>, const N: usize>(
         unsafe {
             let g = float::read::<f32>(t.grad, start, n, g_buffer);
             let p = t.read_param::<f32>(block, p_buffer);
-            let q: [*mut u8; N] = std::array::from_fn(|i| t.states[i].add(start));
-            let scales: [*mut f32; N] = std::array::from_fn(|i| t.absmax[i].add(block));
-            by_element::<U, N>(job, t.rate, n, g, p, q, scales);
+            let floats = t.floats.wrapping_add(start);
+            let (q, scales) = (t.states_at(start), t.scales_at(block));
+            by_element::<U, N>(job, t.rate, n, &Block8 { g, p, floats, q, scales });
             t.write_param::<f32>(block, p_buffer);
         }
     }
@@ -398,7 +446,7 @@ unsafe fn blocks32<V: Vector, U: Update<N>, const N: usize>(
         unsafe {
             let g = float::read::<V>(t.grad, start, n, g_buffer);
             let p = t.read_param::<V>(block, p_buffer);
-            let s: [*mut f32; N] = std::array::from_fn(|i| t.states[i].add(start));
+            let s: [*mut f32; N] = t.states_at(start);
             let whole = if job.skip_zeros { 0 } else { n - n % V::LANES };
             elements32::<V, U, N>(job, t.rate, 0..whole, g, p, s);
             elements32::<f32, U, N>(job, t.rate, whole..n, g, p, s);
@@ -646,6 +694,7 @@ macro_rules! with_rule {
             Rule::Lion => $run::<Lion, 1>($($arg),*),
             Rule::RmsProp => $run::<RmsProp, 1>($($arg),*),
             Rule::Adagrad => $run::<Adagrad, 1>($($arg),*),
+            Rule::ScheduleFree => $run::<ScheduleFree, 2>($($arg),*),
         }
     };
 }
@@ -657,19 +706,17 @@ pub(super) fn step_8bit(
     codes: [&Code8; 2],
     tensors: &mut [Tensor8<'_>],
 ) {
-    with_rule!(rule, run8(isa, rule, hyper, codes, tensors));
+    with_rule!(rule, run8(isa, hyper, codes, tensors));
 }
 
 fn run8<U: Update<N>, const N: usize>(
     isa: Isa,
-    rule: Rule,
     hyper: &Hyper,
     codes: [&Code8; 2],
     tensors: &mut [Tensor8<'_>],
 ) {
     let job = Job8 { step: U::new(hyper), codes, skip_zeros: hyper.skip_zeros };
     let kernel = kernel8::<U, N>(isa, &job);
-    let first = rule.first_states();
     let tensors: Vec<Raw<u8>> = tensors
         .iter_mut()
         .map(|t| {
@@ -679,8 +726,9 @@ fn run8<U: Update<N>, const N: usize>(
                 n,
                 param,
                 grad: t.grad.raw(),
-                states: parts(n, first, t.state1, t.state2),
-                absmax: parts(n.div_ceil(LEN), first, t.absmax1, t.absmax2),
+                floats: t.floats.as_mut_ptr(),
+                states: parts(U::FLOATS, n, t.state1, t.state2),
+                absmax: parts(U::FLOATS, n.div_ceil(LEN), t.absmax1, t.absmax2),
                 rounding: RawRounding::new(&mut t.rounding, param.0, hyper.step),
                 rate: job.step.rate as f32,
             }
@@ -706,7 +754,6 @@ fn run32<U: Update<N>, const N: usize>(
 ) {
     let job = Job32 { step: U::new(hyper), skip_zeros: hyper.skip_zeros };
     let kernel = kernel32::<U, N>(isa);
-    let first = rule.first_states();
     let mut raw: Vec<Raw<f32>> = tensors
         .iter_mut()
         .map(|t| {
@@ -716,7 +763,8 @@ fn run32<U: Update<N>, const N: usize>(
                 n,
                 param,
                 grad: t.grad.raw(),
-                states: parts(n, first, t.state1, t.state2),
+                floats: std::ptr::null_mut(),
+                states: parts(0, n, t.state1, t.state2),
                 absmax: [std::ptr::null_mut(); 3],
                 rounding: RawRounding::new(&mut t.rounding, param.0, hyper.step),
                 rate: job.step.rate as f32,

@@ -79,12 +79,22 @@ pub enum Rule {
     RmsProp,
     /// Adagrad.
     Adagrad,
+    /// Schedule-free AdamW, whose first state is float32 always and starts as a copy of the
+    /// parameter. [`Hyper::alpha`] is the weight of this step's average.
+    ScheduleFree,
 }
 
 impl Rule {
     /// All rules.
-    pub const ALL: [Self; 6] =
-        [Self::Adam, Self::AdEmaMix, Self::Momentum, Self::Lion, Self::RmsProp, Self::Adagrad];
+    pub const ALL: [Self; 7] = [
+        Self::Adam,
+        Self::AdEmaMix,
+        Self::Momentum,
+        Self::Lion,
+        Self::RmsProp,
+        Self::Adagrad,
+        Self::ScheduleFree,
+    ];
 
     /// The rule's name in PyTorch's ops.
     #[must_use]
@@ -96,6 +106,7 @@ impl Rule {
             Self::Lion => "lion",
             Self::RmsProp => "rmsprop",
             Self::Adagrad => "adagrad",
+            Self::ScheduleFree => "schedule_free_adamw",
         }
     }
 
@@ -111,7 +122,19 @@ impl Rule {
     /// Whether there is a `state2`, a second moment.
     #[must_use]
     pub const fn has_second_state(self) -> bool {
-        matches!(self, Self::Adam | Self::AdEmaMix)
+        matches!(self, Self::Adam | Self::AdEmaMix | Self::ScheduleFree)
+    }
+
+    /// How many of them are 8-bit codes in [`Tensor8`]: all but one that is float32 always.
+    #[must_use]
+    pub const fn coded_first_states(self) -> usize {
+        self.first_states() - self.has_float_state() as usize
+    }
+
+    /// Whether `state1` is float32 beside an 8-bit second state too: [`Tensor8::floats`].
+    #[must_use]
+    pub const fn has_float_state(self) -> bool {
+        matches!(self, Self::ScheduleFree)
     }
 
     /// Whether [`Hyper::max_unorm`] applies, with 32-bit states.

@@ -143,7 +143,10 @@ pub struct Tensor8<'a> {
     pub param: FloatsMut<'a>,
     /// Its gradient, of any of the types.
     pub grad: Floats<'a>,
-    /// Codes of the first state, as long as the parameter, twice that for `AdEMAMix`.
+    /// The first state of rules that keep it in float32 ([`Rule::has_float_state`]), else empty.
+    pub floats: &'a mut [f32],
+    /// Codes of the first state, as long as the parameter, twice that for `AdEMAMix`; empty when it
+    /// is in `floats`.
     pub state1: &'a mut [u8],
     /// Its scales: one per block of 256, twice that for `AdEMAMix`.
     pub absmax1: &'a mut [f32],
@@ -158,14 +161,12 @@ pub struct Tensor8<'a> {
 fn check_common(
     param: &FloatsMut<'_>,
     grad: &Floats<'_>,
-    state1: usize,
     state2: usize,
     rounding: &Rounding<'_>,
     rule: Rule,
 ) -> Result<()> {
     let n = param.len();
     check_len("gradient", n, grad.len(), "elements")?;
-    check_len("state1", rule.first_states() * n, state1, "elements")?;
     check_len("state2", if rule.has_second_state() { n } else { 0 }, state2, "elements")?;
     match rounding {
         Rounding::Kahan(rest) => check_len("compensation", n, rest.len(), "elements"),
@@ -175,18 +176,21 @@ fn check_common(
 
 impl Tensor32<'_> {
     pub(super) fn check(&self, rule: Rule) -> Result<()> {
-        let (s1, s2) = (self.state1.len(), self.state2.len());
-        check_common(&self.param, &self.grad, s1, s2, &self.rounding, rule)
+        check_common(&self.param, &self.grad, self.state2.len(), &self.rounding, rule)?;
+        check_len("state1", rule.first_states() * self.param.len(), self.state1.len(), "elements")
     }
 }
 
 impl Tensor8<'_> {
     pub(super) fn check(&self, rule: Rule) -> Result<()> {
-        let (s1, s2) = (self.state1.len(), self.state2.len());
-        check_common(&self.param, &self.grad, s1, s2, &self.rounding, rule)?;
-        let blocks = BLOCK.over(self.param.len()).count();
+        check_common(&self.param, &self.grad, self.state2.len(), &self.rounding, rule)?;
+        let n = self.param.len();
+        let (floats, first) = (usize::from(rule.has_float_state()), rule.coded_first_states());
+        check_len("float32 state1", floats * n, self.floats.len(), "elements")?;
+        check_len("state1", first * n, self.state1.len(), "elements")?;
+        let blocks = BLOCK.over(n).count();
         let second = if rule.has_second_state() { blocks } else { 0 };
-        check_len("absmax1", rule.first_states() * blocks, self.absmax1.len(), "float32 scales")?;
+        check_len("absmax1", first * blocks, self.absmax1.len(), "float32 scales")?;
         check_len("absmax2", second, self.absmax2.len(), "float32 scales")
     }
 }
@@ -195,6 +199,8 @@ impl Tensor8<'_> {
 /// `state_dict` of an 8-bit optimizer holds.
 #[derive(Clone, Debug, PartialEq)]
 pub struct State8 {
+    /// The first state of rules that keep it in float32, else empty.
+    pub floats: Vec<f32>,
     /// Codes of the first state (twice for `AdEMAMix`).
     pub state1: Vec<u8>,
     /// Its scales.
@@ -209,10 +215,11 @@ impl State8 {
     /// Zero states for a parameter of `len` elements: a zero scale makes every code a zero.
     #[must_use]
     pub fn new(rule: Rule, len: usize) -> Self {
-        let first = rule.first_states();
+        let first = rule.coded_first_states();
         let second = usize::from(rule.has_second_state());
         let blocks = BLOCK.over(len).count();
         Self {
+            floats: vec![0.0; if rule.has_float_state() { len } else { 0 }],
             state1: vec![0; first * len],
             absmax1: vec![0.0; first * blocks],
             state2: vec![0; second * len],
@@ -231,6 +238,7 @@ impl State8 {
         Tensor8 {
             param,
             grad,
+            floats: &mut self.floats,
             state1: &mut self.state1,
             absmax1: &mut self.absmax1,
             state2: &mut self.state2,

@@ -62,7 +62,10 @@ impl Owned {
             param: bytes(types.0, &param),
             grad: bytes(types.1, &vec![0.0; n]),
             types,
-            state: State8::new(rule, n),
+            state: State8 {
+                floats: if rule.has_float_state() { param.clone() } else { Vec::new() },
+                ..State8::new(rule, n)
+            },
             state32: (
                 vec![0.0; rule.first_states() * n],
                 vec![0.0; if rule.has_second_state() { n } else { 0 }],
@@ -141,7 +144,7 @@ fn hyper(step: u64) -> Hyper {
         beta1: 0.9,
         beta2: 0.99,
         beta3: 0.999,
-        alpha: 4.0,
+        alpha: 0.3,
         eps: 1e-8,
         weight_decay: 0.1,
         gnorm_scale: 0.7,
@@ -154,6 +157,7 @@ fn hyper(step: u64) -> Hyper {
 fn assert_same(a: &Owned, b: &Owned, at: &str) {
     assert_eq!(a.param, b.param, "parameter, {at}");
     assert_eq!(a.state.state1, b.state.state1, "state1, {at}");
+    assert_eq!(a.state.floats, b.state.floats, "float32 state, {at}");
     assert_eq!(a.state.state2, b.state.state2, "state2, {at}");
     let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
     assert_eq!(bits(&a.state.absmax1), bits(&b.state.absmax1), "absmax1, {at}");
@@ -303,6 +307,13 @@ fn reference(rule: Rule, h: &Hyper, p: &mut f64, s: &mut [f64; 3], g: f64) {
     let (c1, c2) = (1.0 - h.beta1.powf(t), 1.0 - h.beta2.powf(t));
     let (decoupled, coupled) = (1.0 - h.lr * h.weight_decay, g + h.weight_decay * *p);
     match rule {
+        Rule::ScheduleFree => {
+            s[1] = h.beta2 * s[1] + (1.0 - h.beta2) * g * g;
+            let u = g / ((s[1] / c2).sqrt() + h.eps) + h.weight_decay * *p;
+            let c = h.alpha;
+            *p += c * (s[0] - *p) + u * h.lr * (h.beta1 * (1.0 - c) - 1.0);
+            s[0] -= h.lr * u;
+        }
         Rule::Adam => {
             s[0] = h.beta1 * s[0] + (1.0 - h.beta1) * g;
             s[1] = h.beta2 * s[1] + (1.0 - h.beta2) * g * g;
@@ -389,10 +400,10 @@ fn an_8bit_step_is_the_rule_and_the_nearest_codes() {
         t.step(isa::detect(), rule, 8, &h, "nearest");
 
         let states = rule.first_states() + usize::from(rule.has_second_state());
+        let first = rule.first_states();
         let decode = |t: &Owned, i: usize, j: usize| {
-            let first = rule.first_states();
             let blocks = n / 256;
-            let (code, q, scale) = if i < first {
+            let (code, q, scale) = if i < rule.coded_first_states() {
                 (true, t.state.state1[i * n + j], t.state.absmax1[i * blocks + j / 256])
             } else {
                 (false, t.state.state2[j], t.state.absmax2[j / 256])
@@ -402,6 +413,10 @@ fn an_8bit_step_is_the_rule_and_the_nearest_codes() {
         let mut exact = vec![[0.0f64; 3]; n];
         for (j, exact) in exact.iter_mut().enumerate() {
             for (i, s) in exact.iter_mut().enumerate().take(states) {
+                if i < first - rule.coded_first_states() {
+                    *s = f64::from(before.state.floats[j]);
+                    continue;
+                }
                 let (code, q, scale) = decode(&before, i, j);
                 *s = f64::from(code.values()[usize::from(q)]) * f64::from(scale);
             }
@@ -410,7 +425,7 @@ fn an_8bit_step_is_the_rule_and_the_nearest_codes() {
             let got = f64::from(t.param()[j]);
             assert!((got - p).abs() <= 2e-6 * (1.0 + p.abs()), "{rule:?} {j}: {got} for {p}");
         }
-        for i in 0..states {
+        for i in first - rule.coded_first_states()..states {
             for j in 0..n {
                 let (code, q, scale) = decode(&t, i, j);
                 let block = &exact[j / 256 * 256..][..256];
@@ -470,7 +485,12 @@ fn elements_that_are_not_finite_are_skipped_alone() {
         for i in 0..700 {
             if bad.contains(&i) {
                 assert_eq!(t.param()[i], before.param()[i], "{rule:?} {i}");
-                assert_eq!(t.state.state1[i], 127, "{rule:?} {i}");
+                if rule.has_float_state() {
+                    assert_eq!(t.state.floats[i], before.state.floats[i], "{i}");
+                    assert_eq!(t.state.state2[i], 0, "{i}");
+                } else {
+                    assert_eq!(t.state.state1[i], 127, "{rule:?} {i}");
+                }
             } else {
                 assert_eq!(t.param()[i], clean.param()[i], "{rule:?} {i}");
             }
@@ -580,7 +600,7 @@ fn wrong_lengths_are_refused_before_anything_changes() {
     let good = state.tensor(FloatsMut::F32(&mut p), Floats::F32(&g), Rounding::Nearest);
     let bad = other.tensor(FloatsMut::F32(&mut p2), Floats::F32(&g), Rounding::Nearest);
     let error = step_8bit(Rule::Adam, &hyper(1), codes.0, codes.1, &mut [good, bad]).unwrap_err();
-    assert_eq!(error.to_string(), "state1 must hold 300 elements, got 299");
+    assert_eq!(error.to_string(), "state2 must hold 300 elements, got 299");
     assert_eq!(p, vec![1.0; 300]);
     assert_eq!(state, State8::new(Rule::Adam, 300));
 
@@ -614,7 +634,7 @@ proptest! {
     /// Any gradients, any states: every instruction set agrees with the definition.
     #[test]
     fn instruction_sets_agree_on_anything(
-        seed: u64, n in 1usize..900, rule in 0usize..6, bits in prop::bool::ANY,
+        seed: u64, n in 1usize..900, rule in 0usize..Rule::ALL.len(), bits in prop::bool::ANY,
         exponent in -40i32..38, step in 1u64..100_000,
     ) {
         let rule = Rule::ALL[rule];

@@ -6,6 +6,7 @@ mod ademamix;
 mod lion;
 mod momentum;
 mod rmsprop;
+mod schedule_free;
 
 pub(super) use adagrad::Adagrad;
 pub(super) use adam::Adam;
@@ -13,11 +14,12 @@ pub(super) use ademamix::AdEmaMix;
 pub(super) use lion::Lion;
 pub(super) use momentum::Momentum;
 pub(super) use rmsprop::RmsProp;
+pub(super) use schedule_free::ScheduleFree;
 
 use super::Hyper;
 use super::vector::Vector;
 
-/// A rule with `N` states: first moments, then the second moment.
+/// A rule with `N` states: what is float32 always, first moments, then the second moment.
 ///
 /// ```text
 /// g = gradient * gnorm_scale
@@ -25,6 +27,8 @@ use super::vector::Vector;
 /// p = p * decay + rate * update(s, carry)
 /// ```
 pub(super) trait Update<const N: usize>: Copy + Send + Sync {
+    /// How many of the states are float32 beside 8-bit ones too.
+    const FLOATS: usize = 0;
     /// How many of the states are second moments.
     const SECOND: usize;
     /// Whether `update` looks at `carry`: what it needs that is not a new state.
