@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import autograd, functional, nn, optim, utils
 from .autograd._functions import matmul_4bit
+from .optim import adam
 
 features: set[str] = {"multi_backend"}
 """Capabilities that clients ask for by name."""
@@ -12,6 +13,7 @@ supported_torch_devices: set[str] = {"cpu"}
 """Device types (``torch.device.type``) that there are kernels for."""
 
 __all__ = [
+    "adam",
     "autograd",
     "features",
     "functional",

@@ -17,7 +17,8 @@ They live under ``torch.ops.<name of this package>``. The schemas of ``quantize_
     ``absmax2`` are empty for rules with one state; ``unorm_vec`` (float32 ``[1]`` each, they take
     the norms of the updates) is empty unless ``max_unorm`` is positive. bfloat16 parameters are
     rounded to nearest, or at random with one of ``streams`` each, or they are the sum of
-    themselves and their ``compensation``.
+    themselves and their ``compensation``. Of ``"schedule_free_adamw"`` ``state1`` is float32
+    beside an 8-bit ``state2`` too, and ``absmax1`` is empty.
 
 The argument lists must equal those in ``crates/halfbyte-torch/src/{ops,optim}.rs``.
 """
@@ -98,6 +99,10 @@ def failure(error: Exception) -> Exception:
     meant = native.take_error()
     if meant is not None:
         return meant
+    if isinstance(error, NotImplementedError) and "'Sparse" in str(error):
+        return NotImplementedError(
+            "this version runs on the CPU only, on dense tensors, got a sparse one"
+        )
     if isinstance(error, NotImplementedError) and "backend" in str(error):
         reason = str(error).partition(". ")[0]
         return NotImplementedError(f"this version runs on the CPU only: {reason}")
@@ -330,7 +335,7 @@ def _expect(what: str, tensor: Tensor, numel: Any, *dtypes: torch.dtype) -> None
     if tensor.dtype not in dtypes:
         names = " or ".join(str(dtype) for dtype in dtypes)
         raise ValueError(f"{what} must be {names}, got {tensor.dtype}")
-    torch._check(
+    torch._check_value(
         tensor.numel() == numel,
         lambda: f"{what} must hold {numel} elements, got {tensor.numel()}",
     )
@@ -345,9 +350,11 @@ def _optimizer_update(
     *others: Sequence[Tensor],
 ) -> None:
     """Cheap checks; the kernel has all of them."""
-    if not len(g) == len(p) == len(state1):
+    lengths = {len(g), len(state1)} | {len(column) for column in (state2, *others) if column}
+    if lengths - {len(p)}:
         raise ValueError(
-            f"g and state1 must list {len(p)} tensors as p does, got {len(g)} and {len(state1)}"
+            f"every list must hold {len(p)} tensors as p does, or none where the rule has none, "
+            f"got {sorted(lengths)}"
         )
     for index, (parameter, gradient, state) in enumerate(zip(p, g, state1, strict=True)):
         rest = [column[index] for column in (state2, *others) if column]
@@ -358,6 +365,11 @@ def _optimizer_update(
             raise ValueError(
                 f"state1 of parameter {index} must be {state_dtype}, got {state.dtype}"
             )
+
+
+def _state_dtype(optimizer_name: str) -> torch.dtype:
+    """Of the first state, where the others have 8 bits."""
+    return torch.float32 if optimizer_name == "schedule_free_adamw" else torch.uint8
 
 
 def _optimizer_update_32bit(
@@ -406,7 +418,7 @@ def _optimizer_update_8bit(
     *_: Any,
 ) -> None:
     _same_device(g, p, state1, state2, qmap1, qmap2, absmax1, absmax2)
-    _optimizer_update([g], [p], [state1], [], torch.uint8)
+    _optimizer_update([g], [p], [state1], [], _state_dtype(optimizer_name))
 
 
 def _optimizer_update_8bit_group(
@@ -423,7 +435,8 @@ def _optimizer_update_8bit_group(
     *_: Any,
 ) -> None:
     _same_device(*p[:1], qmap1, qmap2)
-    _optimizer_update(g, p, state1, state2, torch.uint8, absmax1, absmax2, compensation)
+    dtype = _state_dtype(optimizer_name)
+    _optimizer_update(g, p, state1, state2, dtype, absmax1, absmax2, compensation)
 
 
 _FAKES: dict[str, Callable[..., Any]] = {
@@ -555,6 +568,25 @@ def _count_writes(library: torch.library.Library, name: str) -> None:
     library.impl(name, kernel, "ADInplaceOrView", with_keyset=True)
 
 
+_VERSIONS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+
+
+def step_group(op: Any, name: str, g: list[Tensor], p: list[Tensor], *arguments: Any) -> None:
+    """Calls an ``optimizer_update_*.group`` op, faster than by itself.
+
+    Of what it changes only the parameters are marked as changed: the gradient of nothing needs the
+    states. For 200 parameters with 8-bit Adam that saves 0.1 of 0.5 ms (2-core Xeon, 2026-11).
+    """
+    if not p:
+        return  # the dispatcher would not know which kernel to call
+    if torch.compiler.is_compiling():
+        op(name, g, p, *arguments)
+        return
+    with torch._C._ExcludeDispatchKeyGuard(_VERSIONS):
+        op(name, g, p, *arguments)
+    torch.autograd.graph.increment_version(p)
+
+
 _KEPT: list[torch.library.Library] = []
 """What is registered through these goes when they do."""
 
@@ -579,4 +611,12 @@ def _register() -> None:
 _register()
 ops = getattr(torch.ops, NAMESPACE)
 
-__all__ = ["NAMESPACE", "bias_grad", "failure", "ops", "save_weight", "saved_weight"]
+__all__ = [
+    "NAMESPACE",
+    "bias_grad",
+    "failure",
+    "ops",
+    "save_weight",
+    "saved_weight",
+    "step_group",
+]

@@ -829,7 +829,8 @@ def optimizer_update_32bit(
 
     Args:
         optimizer_name: ``"adam"``, ``"lamb"`` (the same), ``"momentum"``, ``"lars"`` (the same),
-            ``"rmsprop"``, ``"adagrad"``, ``"lion"`` or ``"ademamix"``.
+            ``"rmsprop"``, ``"adagrad"``, ``"lion"``, ``"ademamix"`` or ``"schedule_free_adamw"``
+            (whose ``state1`` starts as a copy of ``p``).
         g: the gradient, of the shape of ``p``; float32, float16 or bfloat16, like ``p`` or not.
         p: the parameter, of any layout; changed.
         state1: float32, of the shape of ``p`` (``[2, *p.shape]`` for ``"ademamix"``); changed.
@@ -837,14 +838,16 @@ def optimizer_update_32bit(
         eps: added to the root of the second moment.
         step: the number of this step, from 1.
         lr: learning rate.
-        state2: float32 like ``p``, for ``"adam"``, ``"lamb"`` and ``"ademamix"``; changed.
-        alpha: weight of the slow moment of ``"ademamix"``.
-        weight_decay: decoupled for ``"adam"``, ``"lamb"``, ``"ademamix"`` and ``"lion"``, else
-            added to the gradient.
+        state2: float32 like ``p``, for ``"adam"``, ``"lamb"``, ``"ademamix"`` and
+            ``"schedule_free_adamw"``; changed.
+        alpha: weight of the slow moment of ``"ademamix"``, of this step's average of
+            ``"schedule_free_adamw"``.
+        weight_decay: added to the gradient by ``"momentum"``, ``"lars"``, ``"rmsprop"`` and
+            ``"adagrad"``, decoupled for the others.
         gnorm_scale: gradients are multiplied by it.
         unorm_vec: float32 ``[1]``, takes the norm of the update when ``max_unorm`` is positive.
         max_unorm: when positive, the update is scaled down to at most this multiple of the norm of
-            ``p`` (not for ``"adagrad"``, ``"lion"`` and ``"ademamix"``).
+            ``p`` (for ``"adam"``, ``"lamb"``, ``"momentum"``, ``"lars"`` and ``"rmsprop"``).
         skip_zeros: leave parameter and states alone where the gradient is zero.
 
     Raises:
@@ -891,7 +894,7 @@ def optimizer_update_8bit_blockwise(
         optimizer_name, g, p, beta1, beta2, beta3, alpha, eps, step, lr, weight_decay,
             gnorm_scale, skip_zeros: as in :func:`optimizer_update_32bit`.
         state1: uint8 indices into ``qmap1``, of the shape of ``p`` (``[2, *p.shape]`` for
-            ``"ademamix"``); changed.
+            ``"ademamix"``); changed. Of ``"schedule_free_adamw"`` float32, without a scale.
         state2: uint8 indices into ``qmap2`` like ``p``, for rules with a second state; changed.
         qmap1: ascending float32 ``[256]`` from -1 to 1 (``create_dynamic_map(signed=True)``).
         qmap2: from 0 to 1 (``create_dynamic_map(signed=False)``), with ``state2``.
@@ -911,6 +914,100 @@ def optimizer_update_8bit_blockwise(
         )
     except (RuntimeError, NotImplementedError) as error:
         raise failure(error) from None
+
+
+# ---- paged tensors -------------------------------------------------------------------------------
+
+
+class GlobalPageManager:
+    """The paged tensors of this process; get it with :meth:`get_instance`.
+
+    Attributes:
+        paged_tensors: in the order they were made. It does not keep them alive.
+    """
+
+    _instance: GlobalPageManager | None = None
+
+    paged_tensors: Any
+
+    def __init__(self) -> None:
+        raise RuntimeError(
+            "GlobalPageManager is one per process: call GlobalPageManager.get_instance()"
+        )
+
+    @classmethod
+    def get_instance(cls) -> GlobalPageManager:
+        """The manager, made on the first call."""
+        if cls._instance is None:
+            cls._instance = cls.__new__(cls)
+            cls._instance.initialize()
+        return cls._instance
+
+    def initialize(self) -> None:
+        """Forget everything."""
+        from .optim._paged import TensorList
+
+        self.paged_tensors = TensorList()
+
+    def prefetch_all(self, to_cpu: bool = False) -> None:
+        """:func:`prefetch_tensor` on all of them; the first made are asked for last, so that they
+        are the last to leave memory again."""
+        for tensor in reversed(list(self.paged_tensors)):
+            prefetch_tensor(tensor, to_cpu)
+
+
+FIRST_CUDA_DEVICE = torch.device("cuda", index=0)
+
+
+def get_paged(
+    *shape: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = FIRST_CUDA_DEVICE,
+) -> Tensor:
+    """A contiguous tensor of zeros that need not fit memory, with ``is_paged`` set.
+
+    Args:
+        shape: its shape.
+        dtype: its dtype.
+        device: the CPU, where it lives in a temporary file without a name (see
+            ``optim.set_paged_dir`` for the folder). Paging for GPUs is not in this version.
+
+    Raises:
+        NotImplementedError: for another device.
+        OSError: when the disk cannot hold it.
+    """
+    from .optim import _paged
+
+    device = torch.device(device)
+    if device.type != "cpu":
+        raise NotImplementedError(
+            f"this version has paged tensors on the CPU only, got device {str(device)!r}"
+        )
+    return _paged.zeros(shape, dtype)
+
+
+def prefetch_tensor(A: Tensor, to_cpu: bool = False) -> None:
+    """Asks the system to bring a paged tensor into memory, without waiting for it.
+
+    ``to_cpu`` makes no difference for tensors on the CPU.
+
+    Raises:
+        AssertionError: when ``A`` is not paged.
+    """
+    from .optim import _paged
+
+    if not getattr(A, "is_paged", False):
+        raise AssertionError("only paged tensors can be prefetched (those from get_paged)")
+    if A.device.type == "cpu":
+        _paged.prefetch(A)
+
+
+def fill(
+    A: Tensor, value: float, device: torch.device | str | None = None, prefetch: bool = True
+) -> None:
+    """Sets all elements of ``A``. ``device`` and ``prefetch`` are ignored."""
+    with torch.no_grad():
+        A.fill_(value)
 
 
 # ---- for clients that go below this module -------------------------------------------------------
@@ -937,6 +1034,7 @@ def is_on_gpu(tensors: Iterable[Tensor | None]) -> bool:
 
 
 __all__ = [
+    "GlobalPageManager",
     "QuantState",
     "create_dynamic_map",
     "create_fp8_map",
@@ -946,15 +1044,18 @@ __all__ = [
     "dequantize_blockwise",
     "dequantize_fp4",
     "dequantize_nf4",
+    "fill",
     "gemv_4bit",
     "get_4bit_type",
+    "get_paged",
     "get_ptr",
     "is_on_gpu",
     "lib",
     "name2qmap",
-    "optimizer_update_32bit",
     "optimizer_update_8bit_blockwise",
+    "optimizer_update_32bit",
     "pack_dict_to_tensor",
+    "prefetch_tensor",
     "quantize_4bit",
     "quantize_blockwise",
     "quantize_fp4",

@@ -79,6 +79,7 @@ class Batch:
             for key, value in os.environ.items()
             if key not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
         }
+        environment["OMP_NUM_THREADS"] = "1"  # upstream's kernels spin on a busy machine
         done = subprocess.run(
             [str(upstream_python()), str(Path(__file__).with_name("oracle.py")), str(self.folder)],
             env=environment,

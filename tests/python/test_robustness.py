@@ -180,7 +180,7 @@ def integer():
     return rng.choice([0, 1, -1, 32, 64, 64, 64, 256, 256, 4096, 48, 2**31, 2**63 - 1, -2**63])
 
 def string():
-    return rng.choice(["nf4", "fp4", "nf4", "fp4", "", "x" * 100, "nf\\0", "é"])
+    return rng.choice(["nf4", "fp4", "nf4", "fp4", "adam", "lion", "", "x" * 100, "nf\\0", "é"])
 
 def shape():
     values = [0, 1, 2, 32, 64, 96, 257, -1, 2**31, 2**62, 2**63 - 1]
@@ -189,7 +189,8 @@ def shape():
 
 def argument(kind):
     if rng.random() < 0.02:
-        return rng.choice([None, "x", 3, 2.5, [], object(), tensor()])
+        # Not tensor(): torch prints what it does not take, and crashes over freed memory.
+        return rng.choice([None, "x", 3, 2.5, [], object(), torch.ones(3)])
     if kind == "Tensor":
         return tensor()
     if kind == "Optional[Tensor]":
@@ -201,13 +202,66 @@ def argument(kind):
         return string()
     if kind == "List[int]":
         return shape()
+    if kind == "List[Tensor]":
+        return [tensor() for _ in range(rng.choice([0, 1, 1, 2, 3]))]
+    if kind == "float":
+        return rng.choice([0.0, 0.9, 0.999, 1.0, -1.0, 1e-8, 1e300, float("inf"), float("nan")])
+    if kind == "bool":
+        return rng.random() < 0.5
     raise AssertionError(kind)
+
+def step():
+    # Arguments of an optimizer's step that would do, but for up to two of them.
+    names = ["adam", "lamb", "momentum", "lars", "rmsprop", "adagrad", "lion", "ademamix"]
+    name = rng.choice(names)
+    op = rng.choice(["optimizer_update_32bit", "optimizer_update_8bit_blockwise"])
+    many, parts = rng.random() < 0.7, 2 if name == "ademamix" else 1
+    sizes = [size() for _ in range(rng.randint(1, 4) if many else 1)]
+    two, eight = name in ("adam", "lamb", "ademamix"), "8bit" in op
+    def state(parts, n):
+        return torch.randint(0, 256, (parts, n)).byte() if eight else torch.rand(parts, n)
+    given = {{
+        "optimizer_name": name,
+        "p": [torch.randn(n).to(rng.choice(dtypes[:3])) for n in sizes],
+        "g": [torch.randn(n).to(rng.choice(dtypes[:3])) for n in sizes],
+        "state1": [state(parts, n) for n in sizes],
+        "state2": [state(1, n) for n in sizes] if two else [],
+        "absmax1": [torch.rand(parts, -(-n // 256)) for n in sizes],
+        "absmax2": [torch.rand(-(-n // 256)) for n in sizes] if two else [],
+        "unorm_vec": [torch.rand(1) for n in sizes],
+        "compensation": [], "step": rng.randint(1, 9),
+        "streams": rng.choice([[], list(range(len(sizes)))]),
+        "qmap1": F.create_dynamic_map(True), "qmap2": F.create_dynamic_map(False),
+    }}
+    op = getattr(getattr(_ops.ops, op), "group" if many else "default")
+    spoiled = rng.sample(range(len(op._schema.arguments)), rng.choice([0, 0, 1, 2]))
+    args = []
+    for i, a in enumerate(op._schema.arguments):
+        kind = str(a.type)
+        value = given.get(a.name)
+        if i in spoiled or value is None:
+            value = argument(kind)
+            if kind == "List[Tensor]" and rng.random() < 0.7:
+                value = (given[a.name] + [tensor()])[-max(1, len(given[a.name])):]
+        elif isinstance(value, list) and "List" not in kind:
+            value = value[0] if value else None
+        args.append(value)
+    return op, args
 
 fine = 0
 expected = (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError, OverflowError,
             AttributeError)  # the last for None instead of a tensor, by fakes
 names = list(_ops._SCHEMAS)
+steps = 0
 for trial in range({trials}):
+    if trial % 3 == 1:
+        op, args = step()
+        try:
+            op(*args)
+            steps += 1
+        except expected:
+            pass
+        continue
     if trial % 3:
         name = rng.choice(names)
         packet, _, overload = name.partition(".")
@@ -246,14 +300,16 @@ for trial in range({trials}):
         fine += 1
     except expected:
         pass
-print(fine)
+print(fine, steps)
 """
 
 
 @pytest.mark.parametrize("seed", range(2))
 def test_garbage_never_crashes(python, seed):
     out = python(GARBAGE.format(seed=seed, trials=1500))
-    assert int(out) > 20  # some of it is not garbage
+    fine, steps = map(int, out.split())
+    assert fine > 20  # some of it is not garbage
+    assert steps > 100
 
 
 def test_a_keyboard_interrupt_is_not_lost():

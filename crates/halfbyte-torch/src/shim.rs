@@ -72,6 +72,8 @@ shim! {
         fn aoti_torch_get_device_type(Handle, *mut i32) -> Status;
         fn aoti_torch_device_type_cpu() -> i32;
         fn aoti_torch_copy_(Handle, Handle, i32) -> Status;
+        fn aoti_torch_grad_mode_is_enabled() -> bool;
+        fn aoti_torch_grad_mode_set_enabled(bool) -> ();
         fn aoti_torch_empty_strided(i64, *const i64, *const i64, i32, i32, i32, *mut Handle) -> Status;
         fn torch_get_const_data_ptr(Handle, *mut *const c_void) -> Status;
         fn torch_get_mutable_data_ptr(Handle, *mut *mut c_void) -> Status;
@@ -158,10 +160,13 @@ fn open(_directory: &Path) -> Option<Library> {
 }
 
 /// Turns a status into a `Result`, with libtorch's own words where it can tell them (2.13+).
+#[inline]
 pub(crate) fn check(status: Status) -> crate::error::Result<()> {
-    if status == 0 {
-        return Ok(());
-    }
+    if status == 0 { Ok(()) } else { Err(last_error()) }
+}
+
+#[cold]
+fn last_error() -> crate::error::Error {
     let what = shim().torch_exception_get_what_without_backtrace.map(|get| {
         // SAFETY: returns null or a NUL-terminated string that lives until the next exception.
         unsafe {
@@ -172,7 +177,7 @@ pub(crate) fn check(status: Status) -> crate::error::Result<()> {
     let what = what
         .flatten()
         .map_or_else(|| "PyTorch reported an error".into(), std::borrow::Cow::into_owned);
-    Err(crate::error::Error::Torch(what))
+    crate::error::Error::Torch(what)
 }
 
 /// The major and minor version of the bound libtorch.

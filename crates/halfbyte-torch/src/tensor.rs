@@ -260,10 +260,21 @@ impl Tensor {
         Ok(ScalarType(dtype))
     }
 
-
+    /// Copies the values; autograd does not see it.
     fn copy_from(&self, source: &Self) -> Result<()> {
-        // SAFETY: both handles are valid.
-        check(unsafe { (shim().aoti_torch_copy_)(self.0, source.0, 0) })
+        let s = shim();
+        // SAFETY: both handles are valid; the mode is this thread's, and is put back.
+        unsafe {
+            let recording = (s.aoti_torch_grad_mode_is_enabled)();
+            if recording {
+                (s.aoti_torch_grad_mode_set_enabled)(false);
+            }
+            let copied = check((s.aoti_torch_copy_)(self.0, source.0, 0));
+            if recording {
+                (s.aoti_torch_grad_mode_set_enabled)(true);
+            }
+            copied
+        }
     }
 
     /// Checks that the memory the tensor claims is really there: on the CPU, and inside its
