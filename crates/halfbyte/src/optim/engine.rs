@@ -7,13 +7,14 @@
 //!     s = rule.states(g, p, code[q] * absmax)
 //!     top = max(top, |s|)
 //! for each group of 4 vectors:
-//!     p = p * decay + rate * rule.update(s)       (2)
-//!     q = nearest code of s * (1 / top)
+//!     p = p + p * shrink + rate * rule.update(s)  (2)
+//!     q = nearest code of s * (1 / top)           (3)
 //! ```
 //!
 //! 1. Nothing is written to the tensors before `top` is known: a block whose states are not all
 //!    finite, or too small to have a reciprocal, is done again element by element, [`by_element`].
 //! 2. In the same loop as the encoding, so that the divider works beside the other units.
+//! 3. A second moment above zero never gets the code of zero, [`keep_positive`].
 
 mod coder;
 
@@ -273,7 +274,9 @@ unsafe fn block8<V: Vector, U: Update<N>, const N: usize>(
                 let p = V::load(b.p.cast_const().add(at));
                 let (s, carry) = step.rule.states(g, p, s);
                 for i in 0..N {
-                    top[i] = top[i].max_magnitude(s[i]);
+                    let second = i >= N - U::SECOND;
+                    top[i] =
+                        if second { top[i].max_bits(s[i]) } else { top[i].max_magnitude(s[i]) };
                     s[i].store(states[i].0.as_mut_ptr().add(at));
                 }
                 if U::CARRIES {
@@ -292,7 +295,7 @@ unsafe fn block8<V: Vector, U: Update<N>, const N: usize>(
             absmax[i] = top;
             reciprocals[i] = if top == 0.0 { 0.0 } else { 1.0 / top };
         }
-        let (rate, decay) = (V::splat(rate), V::splat(step.decay));
+        let (rate, smallest) = (V::splat(rate), V::splat(unsigned.smallest()));
         for at in (0..LEN).step_by(group) {
             let mut y = [[rate; 4]; N];
             for v in 0..4 {
@@ -305,11 +308,14 @@ unsafe fn block8<V: Vector, U: Update<N>, const N: usize>(
                     } else {
                         y[i][v] = s[i].mul(V::splat(reciprocals[i]));
                     }
+                    if i >= N - U::SECOND {
+                        y[i][v] = y[i][v].at_least(smallest, s[i]);
+                    }
                 }
                 let carry = if U::CARRIES { V::load(carries.0.as_ptr().add(at)) } else { rate };
                 let update = step.rule.update(s, carry);
                 let old = V::load(b.p.cast_const().add(at));
-                update.mul_add(rate, old.mul(decay)).store(b.p.add(at));
+                step.param(old, update, rate).store(b.p.add(at));
             }
             for i in U::FLOATS..N {
                 if i < N - U::SECOND {
@@ -356,7 +362,7 @@ unsafe fn by_element<U: Update<N>, const N: usize>(
             } else if job.skip_zeros && g == 0.0 {
                 old
             } else {
-                *p = job.step.rule.update(new, carry).mul_add(rate, *p * job.step.decay);
+                *p = job.step.param(*p, job.step.rule.update(new, carry), rate);
                 new
             };
             for i in 0..N {
@@ -375,8 +381,13 @@ unsafe fn by_element<U: Update<N>, const N: usize>(
         let normalizer = Normalizer::new(absmax);
         for (j, &s) in s.iter().enumerate() {
             let index = nearest(code(i), normalizer.apply(s).clamp(-1.0, 1.0));
+            let index = if i < N - U::SECOND {
+                keep_sign(code(i), index, s)
+            } else {
+                keep_positive(code(i), index, s)
+            };
             // SAFETY: j < n.
-            unsafe { *b.q[i].add(j) = keep_sign(code(i), index, s) };
+            unsafe { *b.q[i].add(j) = index };
         }
         // SAFETY: the scale is the block's.
         unsafe { *b.scales[i] = absmax };
@@ -391,6 +402,17 @@ fn keep_sign(code: &Code8, index: u8, s: f32) -> u8 {
         index.saturating_add(1)
     } else if s < 0.0 && value > 0.0 {
         index.saturating_sub(1)
+    } else {
+        index
+    }
+}
+
+/// The smallest code above zero if `s` is above zero and `index` is not: a second moment of zero
+/// beside a first moment that is not zero would divide it by eps alone. (An element whose gradients
+/// are below 1/2500 of its block's largest, and then stop: thousands of learning rates in one step.)
+fn keep_positive(code: &Code8, index: u8, s: f32) -> u8 {
+    if s > 0.0 && code.values()[usize::from(index)] <= 0.0 {
+        code.values().partition_point(|&value| value <= 0.0).min(255) as u8
     } else {
         index
     }
@@ -470,8 +492,7 @@ unsafe fn elements32<V: Vector, U: Update<N>, const N: usize>(
     // SAFETY: by the caller's contract.
     unsafe {
         let step = &job.step;
-        let (gnorm_scale, rate, decay) =
-            (V::splat(step.gnorm_scale), V::splat(rate), V::splat(step.decay));
+        let (gnorm_scale, rate) = (V::splat(step.gnorm_scale), V::splat(rate));
         for at in range.step_by(V::LANES) {
             if V::LANES == 1 && job.skip_zeros && *g.add(at) == 0.0 {
                 continue;
@@ -485,7 +506,7 @@ unsafe fn elements32<V: Vector, U: Update<N>, const N: usize>(
             for i in 0..N {
                 s[i].store(states[i].add(at));
             }
-            step.rule.update(s, carry).mul_add(rate, old.mul(decay)).store(p.add(at));
+            step.param(old, step.rule.update(s, carry), rate).store(p.add(at));
         }
     }
 }

@@ -5,7 +5,7 @@
 //!     s = code[q] * absmax                      decode (8-bit states)
 //!     s = rule(g, p, s)                         float32, see Rule
 //!     absmax = max |s|
-//!     p = p * decay + rate * update(s)
+//!     p = p + p * shrink + rate * update(s)
 //!     q = nearest code of s / absmax            encode (8-bit states)
 //! ```
 //!
@@ -17,7 +17,8 @@
 //! (arXiv 2110.02861): blocks of 256, the signed dynamic map for state 1, the unsigned one for a
 //! second moment. An element whose gradient or new state is NaN or infinite is skipped: its
 //! parameter stays, its states become zero, its block is not disturbed. (With 32-bit states NaN
-//! propagates.)
+//! propagates.) Codes are the nearest, but a first moment never changes sign through encoding, and a
+//! second moment above zero never becomes zero.
 //!
 //! ```
 //! use halfbyte::Code8;

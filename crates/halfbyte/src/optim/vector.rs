@@ -41,8 +41,12 @@ pub(super) trait Vector: Copy {
     /// The larger magnitude by the order of bits, which puts infinity above numbers and NaN on top;
     /// without sign. `self` is such a maximum already.
     fn max_magnitude(self, b: Self) -> Self;
+    /// As [`max_magnitude`](Self::max_magnitude), of lanes that have no sign or are NaN.
+    fn max_bits(self, b: Self) -> Self;
     /// The largest lane of such a maximum.
     fn largest(self) -> f32;
+    /// `max(self, floor)` where `s` is above zero, else 0.
+    fn at_least(self, floor: Self, s: Self) -> Self;
 }
 
 impl Vector for f32 {
@@ -89,6 +93,14 @@ impl Vector for f32 {
     #[inline(always)]
     fn max_magnitude(self, b: Self) -> Self {
         Self::from_bits(self.to_bits().max(b.to_bits() & 0x7FFF_FFFF))
+    }
+    #[inline(always)]
+    fn max_bits(self, b: Self) -> Self {
+        Self::from_bits(self.to_bits().max(b.to_bits()))
+    }
+    #[inline(always)]
+    fn at_least(self, floor: Self, s: Self) -> Self {
+        if s > 0.0 { self.max(floor) } else { 0.0 }
     }
     #[inline(always)]
     fn largest(self) -> f32 {
@@ -163,10 +175,20 @@ mod x86 {
         }
         #[inline(always)]
         fn max_magnitude(self, b: Self) -> Self {
+            unsafe { self.max_bits(Self(_mm256_andnot_ps(_mm256_set1_ps(-0.0), b.0))) }
+        }
+        #[inline(always)]
+        fn max_bits(self, b: Self) -> Self {
             unsafe {
-                let b = _mm256_andnot_ps(_mm256_set1_ps(-0.0), b.0);
-                let max = _mm256_max_epu32(_mm256_castps_si256(self.0), _mm256_castps_si256(b));
+                let max = _mm256_max_epu32(_mm256_castps_si256(self.0), _mm256_castps_si256(b.0));
                 Self(_mm256_castsi256_ps(max))
+            }
+        }
+        #[inline(always)]
+        fn at_least(self, floor: Self, s: Self) -> Self {
+            unsafe {
+                let positive = _mm256_cmp_ps::<_CMP_GT_OQ>(s.0, _mm256_setzero_ps());
+                Self(_mm256_and_ps(positive, _mm256_max_ps(self.0, floor.0)))
             }
         }
         #[inline(always)]
@@ -224,10 +246,20 @@ mod x86 {
         }
         #[inline(always)]
         fn max_magnitude(self, b: Self) -> Self {
+            unsafe { self.max_bits(Self(_mm512_andnot_ps(_mm512_set1_ps(-0.0), b.0))) }
+        }
+        #[inline(always)]
+        fn max_bits(self, b: Self) -> Self {
             unsafe {
-                let b = _mm512_andnot_ps(_mm512_set1_ps(-0.0), b.0);
-                let max = _mm512_max_epu32(_mm512_castps_si512(self.0), _mm512_castps_si512(b));
+                let max = _mm512_max_epu32(_mm512_castps_si512(self.0), _mm512_castps_si512(b.0));
                 Self(_mm512_castsi512_ps(max))
+            }
+        }
+        #[inline(always)]
+        fn at_least(self, floor: Self, s: Self) -> Self {
+            unsafe {
+                let positive = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(s.0, _mm512_setzero_ps());
+                Self(_mm512_maskz_max_ps(positive, self.0, floor.0))
             }
         }
         #[inline(always)]
@@ -300,9 +332,20 @@ mod neon {
         }
         #[inline(always)]
         fn max_magnitude(self, b: Self) -> Self {
+            unsafe { self.max_bits(Self(vabsq_f32(b.0))) }
+        }
+        #[inline(always)]
+        fn max_bits(self, b: Self) -> Self {
             unsafe {
-                let b = vreinterpretq_u32_f32(vabsq_f32(b.0));
-                Self(vreinterpretq_f32_u32(vmaxq_u32(vreinterpretq_u32_f32(self.0), b)))
+                let (a, b) = (vreinterpretq_u32_f32(self.0), vreinterpretq_u32_f32(b.0));
+                Self(vreinterpretq_f32_u32(vmaxq_u32(a, b)))
+            }
+        }
+        #[inline(always)]
+        fn at_least(self, floor: Self, s: Self) -> Self {
+            unsafe {
+                let raised = vreinterpretq_u32_f32(vmaxq_f32(self.0, floor.0));
+                Self(vreinterpretq_f32_u32(vandq_u32(vcgtzq_f32(s.0), raised)))
             }
         }
         #[inline(always)]

@@ -19,6 +19,8 @@ use std::arch::x86_64::*;
 
 /// Decodes and encodes groups of `4 * V::LANES` elements.
 pub(super) trait Coder<V: Vector> {
+    /// The smallest value above zero, of the unsigned code.
+    fn smallest(&self) -> f32;
     /// The values of codes, in order.
     ///
     /// # Safety
@@ -49,6 +51,10 @@ impl<const SIGNED: bool> Coder512<SIGNED> {
 
 #[cfg(target_arch = "x86_64")]
 impl<const SIGNED: bool> Coder<Avx512> for Coder512<SIGNED> {
+    fn smallest(&self) -> f32 {
+        self.values[1]
+    }
+
     #[inline(always)]
     unsafe fn decode(&self, q: *const u8) -> [Avx512; 4] {
         // SAFETY: 64 bytes by the caller's contract; a byte is an index of 256 values.
@@ -89,6 +95,10 @@ impl<const SIGNED: bool> Coder256<SIGNED> {
 
 #[cfg(target_arch = "x86_64")]
 impl<const SIGNED: bool> Coder<Avx2> for Coder256<SIGNED> {
+    fn smallest(&self) -> f32 {
+        self.values[1]
+    }
+
     #[inline(always)]
     unsafe fn decode(&self, q: *const u8) -> [Avx2; 4] {
         // SAFETY: 32 bytes by the caller's contract; a byte is an index of 256 values.
@@ -127,6 +137,10 @@ impl<const SIGNED: bool> Coder128<SIGNED> {
 
 #[cfg(target_arch = "aarch64")]
 impl<const SIGNED: bool> Coder<Neon> for Coder128<SIGNED> {
+    fn smallest(&self) -> f32 {
+        self.values[1]
+    }
+
     #[inline(always)]
     unsafe fn decode(&self, q: *const u8) -> [Neon; 4] {
         // SAFETY: 16 bytes by the caller's contract.
