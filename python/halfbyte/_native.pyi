@@ -22,6 +22,9 @@ def check_blocksize(blocksize: int) -> None:
 def check_quant_type(quant_type: str) -> None:
     """Raises ValueError unless it is ``"nf4"`` or ``"fp4"``."""
 
+def prefer_huge_pages(address: int, bytes: int) -> None:
+    """Asks the system for huge pages under fresh memory of that many bytes; a hint."""
+
 def version() -> str:
     """The version of this package."""
 

@@ -4,10 +4,15 @@ With 32-bit states both sides compute in float32 and differ by its roundings. Wi
 upstream's portable encode finds the nearest code as ours does, so codes may differ only where a
 value lies within float32 rounding of a border. Upstream's native CPU encode, which a user runs,
 rounds through a table: there the comparison is statistical.
+
+Two rules are ours. Upstream multiplies by a decay that is rounded to float32 (1 - 1e-6 becomes
+1 - 9.5e-7), ours is exact; and with us a positive second moment never has the code of 0, which
+the next update would divide by.
 """
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -143,28 +148,43 @@ def _apart(a: Tensors, b: Tensors, name: str) -> float:
     return float((a[f"final/p/{name}"].double() - b[f"final/p/{name}"].double()).abs().mean())
 
 
+def _decay_error(kind: Kind) -> float:
+    """How far upstream's factor of decoupled decay is from 1 - lr * weight_decay."""
+    if any(rule in kind.cls for rule in ("SGD", "LARS", "RMSprop", "Adagrad")):
+        return 0.0
+    default = inspect.signature(getattr(optim, kind.cls)).parameters["weight_decay"].default
+    exact = 1 - kind.kwargs["lr"] * kind.kwargs.get("weight_decay", default)
+    return abs(float(torch.tensor(exact, dtype=torch.float32)) - exact)
+
+
 def _compare_exact(kind: Kind, mine: Tensors, theirs: Tensors, what: str) -> None:
     """Parameters and states that differ by roundings of float32 only, codes by few borders."""
+    steps = STEPS[kind.bits][1]
+    # In roundings of float32, at most.
+    decay = steps * _decay_error(kind) * 2 / torch.finfo(torch.float32).eps
     for name in SHAPES:
         assert mine[f"{what}/p/{name}"].dtype == theirs[f"{what}/p/{name}"].dtype
         a, b = (side[f"{what}/p/{name}"].double() for side in (mine, theirs))
-        steps = STEPS[kind.bits][1]
         if mine[f"{what}/p/{name}"].dtype == torch.float32:
-            # Measured, seed 3: mean 0.11 roundings after 50 steps, largest 5 with 32-bit states.
+            # Measured, seed 3, without decay: mean 0.11 roundings after 50 steps, largest 5.
             apart = (a - b).abs() / _rounding(b.abs().clamp_min(float(b.abs().mean())).float())
-            assert float(apart.mean()) <= 1, f"{name}: mean {float(apart.mean())} roundings"
-            close = apart <= steps
+            close = apart <= steps + decay
+            mean = float(apart[close].mean())
+            assert mean <= 1 + decay, f"{name}: mean {mean} roundings"
         else:
             # The same float32 value, rounded once: another neighbour only at a tie.
             apart = (a - b).abs() / _rounding(theirs[f"{what}/p/{name}"])
             close = apart <= 1
-        assert float((~close).double().mean()) <= 2e-3, f"{name}: {float(apart.max())} roundings"
+        outside = float((~close).double().mean())
+        assert outside <= 2e-3, f"{name}: {outside} far, up to {float(apart.max())} roundings"
         states = {k.removeprefix(f"{what}/s/{name}/") for k in theirs if f"{what}/s/{name}/" in k}
         for key in states:
             x, y = (side[f"{what}/s/{name}/{key}"] for side in (mine, theirs))
             assert (x.dtype, x.shape) == (y.dtype, y.shape), f"{name} {key}"
             if x.dtype == torch.uint8:
                 off = (x.int() - y.int()).abs()
+                if key == "state2":
+                    off[(x == 1) & (y == 0)] = 0  # ours keeps a positive one positive
                 assert float((off > 0).double().mean()) <= 5e-4, f"{name} {key}: codes"
                 assert int(off.max()) <= 2, f"{name} {key}: {int(off.max())} codes apart"
             elif key.startswith("qmap"):

@@ -284,10 +284,16 @@ def midpoints(code: Array) -> Array:
 
 
 def encode(values: Array, absmax: Array, code: Array) -> Array:
-    """Nearest codes of flat values for given scales; a zero block holds the code of 0."""
+    """Nearest codes of flat values for given scales; a zero block holds the code of 0.
+
+    With the unsigned map a positive value never becomes 0: it would be divided by.
+    """
     scale = _spread(absmax.astype(np.float64), values.size)
     scaled = np.divide(values, scale, out=np.zeros(values.size), where=scale > 0)
-    return np.searchsorted(midpoints(code), np.clip(scaled, -1, 1)).astype(np.uint8)
+    codes = np.searchsorted(midpoints(code), np.clip(scaled, -1, 1))
+    if code[0] == 0:
+        codes = np.maximum(codes, scaled > 0)
+    return codes.astype(np.uint8)
 
 
 def admissible(values: Array, doubt: Array, absmax: Array, code: Array) -> tuple[Array, Array]:

@@ -159,5 +159,5 @@ def test_a_rounding_set_later_is_checked():
     made = cases.make("AdamW8bit", params)
     made.param_groups[0]["rounding"] = "up"
     cases.set_grads(params, 0)
-    with pytest.raises(ValueError, match="rounding must be .* got 'up'"):
+    with pytest.raises(ValueError, match=r"rounding must be .* got 'up'"):
         made.step()

@@ -25,7 +25,7 @@ mod _native {
     #[pymodule_export]
     use crate::python::{
         abi_version, available_isas, bind, check_blocksize, check_quant_type, code4, dynamic_map,
-        fp8_map, is_registered, isa, linear_map, normal_map, num_threads, register, take_error,
-        version,
+        fp8_map, is_registered, isa, linear_map, normal_map, num_threads, prefer_huge_pages,
+        register, take_error, version,
     };
 }

@@ -73,6 +73,12 @@ pub(crate) fn take_error(py: Python<'_>) -> Option<Py<PyAny>> {
     error::take().map(|error| error.into_value(py).into_any())
 }
 
+/// Asks for huge pages under memory that is yet to be written to.
+#[pyfunction]
+pub(crate) fn prefer_huge_pages(address: usize, bytes: usize) {
+    crate::tensor::prefer_huge_pages(address, bytes);
+}
+
 /// The version of this package.
 #[pyfunction]
 pub(crate) fn version() -> &'static str {

@@ -184,33 +184,12 @@ impl Tensor {
         Ok(tensor)
     }
 
-    /// Asks Linux for huge pages under a large fresh output, which the allocator has just mapped
-    /// anew: filling 32 MiB page by page costs several times what the kernels need (15 against
-    /// 4.7 ms for `dequantize_4bit` on one thread; 2-core Xeon, 2026-11). A hint: refusal is fine.
-    #[cfg(target_os = "linux")]
     fn prefer_huge_pages(&self, dtype: ScalarType) -> Result<()> {
-        const HUGE: usize = 2 << 20;
         let bytes = self.numel()? * dtype.size().unwrap_or(0);
-        if bytes < 2 * HUGE {
-            return Ok(());
-        }
         let mut data = std::ptr::null_mut();
         // SAFETY: the handle is valid.
         check(unsafe { (shim().torch_get_mutable_data_ptr)(self.0, &raw mut data) })?;
-        let start = (data as usize).next_multiple_of(HUGE);
-        let end = (data as usize + bytes) / HUGE * HUGE;
-        if start < end {
-            let inside = data.wrapping_byte_add(start - data as usize);
-            // SAFETY: the range lies inside the tensor's memory (`bytes` is what its elements take);
-            // the advice changes no contents.
-            unsafe { libc::madvise(inside, end - start, libc::MADV_HUGEPAGE) };
-        }
-        Ok(())
-    }
-
-    #[cfg(not(target_os = "linux"))]
-    #[allow(clippy::unused_self, clippy::unnecessary_wraps)]
-    fn prefer_huge_pages(&self, _: ScalarType) -> Result<()> {
+        prefer_huge_pages(data as usize, bytes);
         Ok(())
     }
 
@@ -549,4 +528,22 @@ fn expect_dtype<T: Scalar>(what: Name, got: ScalarType) -> Result<()> {
         return Ok(());
     }
     Err(Error::Type(format!("{what} must be {}, got {}", T::scalar_type().name(), got.name())))
+}
+
+/// Asks Linux for huge pages under large memory that the allocator has just mapped anew: filling
+/// 32 MiB page by page costs several times what the kernels need (15 against 4.7 ms for
+/// `dequantize_4bit` on one thread; 2-core Xeon, 2026-11). A hint: refusal is fine.
+pub(crate) fn prefer_huge_pages(address: usize, bytes: usize) {
+    #[cfg(target_os = "linux")]
+    {
+        const HUGE: usize = 2 << 20;
+        let start = address.next_multiple_of(HUGE);
+        let end = (address + bytes) / HUGE * HUGE;
+        if bytes >= 2 * HUGE && start < end {
+            // SAFETY: this advice changes no contents, wherever it points.
+            unsafe { libc::madvise(start as *mut _, end - start, libc::MADV_HUGEPAGE) };
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = (address, bytes);
 }

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from .. import functional as F
-from .._ops import failure, ops
+from .._load import native
+from .._ops import failure, ops, step_group
 from . import _paged
 
 __all__ = ["GlobalOptimManager", "MockArgs", "Optimizer1State", "Optimizer2State", "Optimizer8bit"]
@@ -465,7 +466,11 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     def _zeros(self, p: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if not self._pages(p):
-            return torch.zeros(shape, dtype=dtype, device=p.device)
+            zeros = torch.zeros(shape, dtype=dtype, device=p.device)
+            if zeros.device.type == "cpu" and type(zeros) is Tensor:
+                # Nothing of it is in memory yet: the first step will touch it.
+                native.prefer_huge_pages(zeros.data_ptr(), zeros.nbytes)
+            return zeros
         buffer = F.get_paged(*shape, dtype=dtype, device=p.device)
         self.page_mng.paged_tensors.append(buffer)
         return buffer
@@ -869,7 +874,8 @@ class _StateOptimizer(Optimizer8bit):
         try:
             if state1[0].dtype is torch.uint8:
                 two = self._states == 2
-                ops.optimizer_update_8bit_blockwise.group(
+                step_group(
+                    ops.optimizer_update_8bit_blockwise.group,
                     name,
                     batch.grads,
                     params,
@@ -888,7 +894,8 @@ class _StateOptimizer(Optimizer8bit):
                 max_unorm = hyper.max_unorm if name in _HAS_UPDATE_NORM else 0.0
                 if max_unorm > 0.0:
                     norms = [self._update_norm(p, s) for p, s in zip(params, states, strict=True)]
-                ops.optimizer_update_32bit.group(
+                step_group(
+                    ops.optimizer_update_32bit.group,
                     name,
                     batch.grads,
                     params,
