@@ -6,8 +6,8 @@ value lies within float32 rounding of a border. Upstream's native CPU encode, wh
 rounds through a table: there the comparison is statistical.
 
 Two rules are ours. Upstream multiplies by a decay that is rounded to float32 (1 - 1e-6 becomes
-1 - 9.5e-7), ours is exact; and with us a positive second moment never has the code of 0, which
-the next update would divide by.
+1 - 9.5e-7), ours is exact. And with us a positive second moment never has the code of 0, which the
+next update would divide by: the gradients here do not differ enough for that.
 """
 
 from __future__ import annotations
@@ -183,8 +183,6 @@ def _compare_exact(kind: Kind, mine: Tensors, theirs: Tensors, what: str) -> Non
             assert (x.dtype, x.shape) == (y.dtype, y.shape), f"{name} {key}"
             if x.dtype == torch.uint8:
                 off = (x.int() - y.int()).abs()
-                if key == "state2":
-                    off[(x == 1) & (y == 0)] = 0  # ours keeps a positive one positive
                 assert float((off > 0).double().mean()) <= 5e-4, f"{name} {key}: codes"
                 assert int(off.max()) <= 2, f"{name} {key}: {int(off.max())} codes apart"
             elif key.startswith("qmap"):

@@ -1,7 +1,7 @@
 //! # halfbyte: the bitsandbytes formats in Rust
 //!
-//! 4-bit (NF4, FP4) and 8-bit blockwise quantization and the fused 4-bit matrix product, on the
-//! CPU, with kernels chosen at run time (AVX-512, AVX2, NEON, scalar) and spread over threads by
+//! 4-bit (NF4, FP4) and 8-bit blockwise quantization, the fused 4-bit matrix product and 8-bit
+//! optimizers, on the CPU, with kernels chosen at run time (AVX-512, AVX2, NEON, scalar) and spread over threads by
 //! rayon. Same input, any thread count, any instruction set: identical bytes.
 //!
 //! | to | use |
@@ -9,6 +9,7 @@
 //! | quantize a tensor, multiply by it, decode it | [`Params4bit`] |
 //! | read or write a checkpoint | [`checkpoint::Checkpoint`], [`checkpoint::CheckpointWriter`] |
 //! | work on slices of your own | [`quantize_4bit`], [`dequantize_4bit`], [`matmul_4bit`], [`matmul_4bit_grad_input`], [`quantize_blockwise`], [`dequantize_blockwise`] |
+//! | train with 8-bit optimizer states | [`optim`] |
 //! | look up a code | [`Code4`], [`Code8`], [`code`] |
 //! | choose threads or an instruction set | [`threads::set_num_threads`], a rayon pool, `HALFBYTE_ISA` |
 //!
