@@ -1,8 +1,8 @@
 //! # halfbyte: the bitsandbytes formats in Rust
 //!
 //! 4-bit (NF4, FP4) and 8-bit blockwise quantization, the fused 4-bit matrix product and 8-bit
-//! optimizers, on the CPU, with kernels chosen at run time (AVX-512, AVX2, NEON, scalar) and spread over threads by
-//! rayon. Same input, any thread count, any instruction set: identical bytes.
+//! optimizers, on the CPU, with kernels chosen at run time (AVX-512, AVX2, NEON, scalar) and spread
+//! over threads by rayon. Same input, any thread count, any instruction set: identical bytes.
 //!
 //! | to | use |
 //! |---|---|
