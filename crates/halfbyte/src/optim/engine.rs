@@ -176,6 +176,8 @@ unsafe fn blocks8<V: Vector, U: Update<N>, const N: usize>(
     // Zeros, and zeros of the default codes, for what a short block lacks.
     let mut padded = [[0u8; LEN]; N];
     let mut padded_floats = Buffer([0.0; LEN]);
+    let mut scratch =
+        Scratch { states: [const { Buffer([0.0; LEN]) }; N], carries: Buffer([0.0; LEN]) };
     for block in blocks {
         let (start, n) = t.block(block);
         // SAFETY: the block lies inside the tensor, whose states and scales were checked to have
@@ -199,7 +201,7 @@ unsafe fn blocks8<V: Vector, U: Update<N>, const N: usize>(
                 }
             }
             let b = Block8 { g, p, floats, q, scales };
-            if !block8::<V, U, N>(signed, unsigned, &job.step, t.rate, &b) {
+            if !block8::<V, U, N>(signed, unsigned, &job.step, t.rate, &b, &mut scratch) {
                 by_element::<U, N>(job, t.rate, LEN, &b);
             }
             if n < LEN {
@@ -226,6 +228,12 @@ struct Block8<const N: usize> {
     scales: [*mut f32; N],
 }
 
+/// What the second pass over a block takes from the first: new states, and what `update` needs.
+struct Scratch<const N: usize> {
+    states: [Buffer; N],
+    carries: Buffer,
+}
+
 /// One whole block. False, and nothing is changed, when it must be done by [`by_element`].
 ///
 /// # Safety
@@ -237,9 +245,9 @@ unsafe fn block8<V: Vector, U: Update<N>, const N: usize>(
     step: &Step<U>,
     rate: f32,
     b: &Block8<N>,
+    scratch: &mut Scratch<N>,
 ) -> bool {
-    let mut states = [const { Buffer([0.0; LEN]) }; N];
-    let mut carries = Buffer([0.0; LEN]);
+    let Scratch { states, carries } = scratch;
     let group = 4 * V::LANES;
     // SAFETY: all offsets are below 256; the instruction set is there by the caller's contract.
     unsafe {
@@ -255,7 +263,10 @@ unsafe fn block8<V: Vector, U: Update<N>, const N: usize>(
                     continue;
                 }
                 let scale = V::splat(*b.scales[i]);
-                let values = if i < N - U::SECOND {
+                // Of two states: with three the permutes cost more than they hide.
+                let values = if N == 2 && i == U::FLOATS {
+                    signed.decode_beside(b.q[i].add(at))
+                } else if i < N - U::SECOND {
                     signed.decode(b.q[i].add(at))
                 } else {
                     unsigned.decode(b.q[i].add(at))
