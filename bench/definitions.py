@@ -17,7 +17,7 @@ THREADS = 2
 PAIRS = 7
 
 Kind = Literal["op", "import", "size"]
-Limit = Literal["read", "fresh", "gemm"]
+Limit = Literal["read", "fresh", "update", "gemm"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Bound:
 
     limit: Limit
     amount: float
-    """Bytes for ``read`` (resident memory) and ``fresh`` (newly allocated), else operations."""
+    """Bytes for ``read`` (resident memory), ``fresh`` (newly allocated) and ``update`` (read and
+    written in place, both counted), else operations."""
 
     note: str
 
@@ -45,6 +46,9 @@ class Row:
     target: float | None = None
     """The target in ``unit`` where that is not milliseconds."""
 
+    beside_torch: bool = False
+    """Whether PyTorch's own fused AdamW takes its turn too."""
+
     @property
     def ratio_target(self) -> float | None:
         """The largest quotient of ours by the peer's that meets the target."""
@@ -61,6 +65,13 @@ def _read(megabytes: float, what: str) -> Bound:
 def _fresh(megabytes: float, what: str) -> Bound:
     """Bound by writing memory that was just allocated."""
     return Bound("fresh", megabytes * 1e6, f"write {megabytes:.0f} MB of new memory: {what}")
+
+
+def _update(bytes_per_parameter: int, parameters: int) -> Bound:
+    """Bound by reading and writing parameters, gradients and states once."""
+    amount = float(bytes_per_parameter * parameters)
+    note = f"{bytes_per_parameter} bytes a parameter: {amount / 1e6:.0f} MB read and written"
+    return Bound("update", amount, note)
 
 
 def _fma(rows: int, products: int = 1) -> Bound:
@@ -120,11 +131,52 @@ ROWS: tuple[Row, ...] = (
     ),
     Row("tiny_op", "one tiny op: dequantize_4bit of 64 values", 0.004, 0.012),
     Row("tiny_functional", "the same through functional.dequantize_4bit"),
+    Row(
+        "adam8bit",
+        "Adam8bit step, 16.8 M fp32 parameters",
+        11.0,
+        222.0,
+        _update(16, WEIGHT),
+        beside_torch=True,
+    ),
+    Row(
+        "ademamix8bit",
+        "AdEMAMix8bit step, 16.8 M fp32 parameters",
+        16.0,
+        480.0,
+        _update(18, WEIGHT),
+    ),
+    Row(
+        "adamw8bit_200",
+        "AdamW8bit step, 200 fp32 parameters of 16 K",
+        4.0,
+        57.0,
+        _update(16, 200 << 14),
+        beside_torch=True,
+    ),
+    Row(
+        "adamw32bit",
+        "AdamW32bit step, 16.8 M fp32 parameters",
+        8.0,
+        87.0,
+        _update(28, WEIGHT),
+        beside_torch=True,
+    ),
     Row("import", "import, beyond torch's own", 200.0, 6500.0, kind="import"),
     Row("size", "installed size", kind="size", unit="MB", target=12.0),
 )
 
 ROW_BY_NAME = {row.name: row for row in ROWS}
+
+OPTIMIZERS = {
+    "adam8bit": "Adam8bit",
+    "ademamix8bit": "AdEMAMix8bit",
+    "adamw8bit": "AdamW8bit",
+    "adamw32bit": "AdamW32bit",
+}
+"""The class that a row's name begins with. ``_200``: that many parameters; ``_256mb``: one."""
+
+OPTIMIZER_ROWS = tuple(row.name for row in ROWS if row.name.split("_")[0] in OPTIMIZERS)
 
 
 @dataclass(frozen=True)
@@ -135,6 +187,9 @@ class MemoryRow:
     title: str
     allowed_mb: float
     """Scratch that the targets allow: O(threads) and no copy of the weight."""
+
+    beside: str = ""
+    """The row of the main table that it is measured with, where that has another name."""
 
 
 MEMORY_ROWS: tuple[MemoryRow, ...] = (
@@ -147,6 +202,13 @@ MEMORY_ROWS: tuple[MemoryRow, ...] = (
     MemoryRow("linear4bit_16", "Linear4bit bf16, 16 rows", 1.0 * THREADS + 1.0),
     MemoryRow("linear4bit_128", "Linear4bit bf16, 128 rows", 1.0 * THREADS + 1.0),
     MemoryRow("linear4bit_train_256", "Linear4bit forward + backward, 256 rows", THREADS + 5.0),
+    MemoryRow(
+        "adamw8bit_256mb", "AdamW8bit step, one fp32 parameter of 268 MB", 2.0, "adamw8bit_200"
+    ),
+    MemoryRow("adam8bit", "Adam8bit step, 16.8 M", 2.0),
+    MemoryRow("ademamix8bit", "AdEMAMix8bit step, 16.8 M", 2.0),
+    MemoryRow("adamw8bit_200", "AdamW8bit step, 200 parameters of 16 K", 2.0),
+    MemoryRow("adamw32bit", "AdamW32bit step, 16.8 M", 2.0),
 )
 
 
@@ -156,12 +218,14 @@ class ScalingRow:
 
     name: str
     title: str
+    peer_largest: int = 1 << 26
+    """Larger sizes are measured for us alone: to quantize, the peer needs some 30 bytes an element;
+    its 8-bit optimizers need some 20 beside the 10 that everybody does."""
 
 
 SCALING_ROWS: tuple[ScalingRow, ...] = (
     ScalingRow("quantize_4bit", "quantize_4bit nf4, bf16 in, block 64"),
     ScalingRow("dequantize_4bit", "dequantize_4bit nf4 to bf16"),
+    ScalingRow("adam8bit", "Adam8bit step, fp32 parameters", 1 << 28),
 )
 SCALING_SIZES = tuple(1 << bits for bits in (16, 18, 20, 22, 24, 26, 28))
-PEER_LARGEST = 1 << 26
-"""The peer needs some 30 bytes an element to quantize: larger sizes are measured for us alone."""

@@ -1,6 +1,7 @@
 """A worker that measures one package: JSON lines in, JSON lines out.
 
 The same code serves both peers, since their API is the same; ``--package`` names what to import.
+With ``--package torch`` the optimizer rows are PyTorch's own fused AdamW, and there are no others.
 The parent process (``run.py``) starts one worker per peer and decides who measures when.
 
     {"command": "hello"}                                  versions and threads
@@ -8,6 +9,7 @@ The parent process (``run.py``) starts one worker per peer and decides who measu
     {"command": "scale", "row": "...", "elements": n, "threads": 1}
     {"command": "limits"}                                 what the machine can do at best
     {"command": "memory", "row": "..."}                   peak bytes beyond the outputs
+    {"command": "state", "row": "..."}                    bytes of optimizer state
     {"command": "quit"}
 """
 
@@ -28,7 +30,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from definitions import BLOCK, SIDE, THREADS
+from definitions import BLOCK, OPTIMIZERS, SIDE, THREADS
 
 Step = Callable[[], Any]
 MIN_SAMPLES = 5
@@ -48,8 +50,10 @@ class Worker:
         self.torch = torch
         self.package = package
         self.module = importlib.import_module(package)
-        self.functional = importlib.import_module(f"{package}.functional")
-        self.nn = importlib.import_module(f"{package}.nn")
+        self.optim = importlib.import_module(f"{package}.optim")
+        if package != "torch":
+            self.functional = importlib.import_module(f"{package}.functional")
+            self.nn = importlib.import_module(f"{package}.nn")
         torch.set_num_threads(THREADS)
         self.steps: dict[str, Step] = {}
 
@@ -77,10 +81,34 @@ class Worker:
         layer.weight.data = self._normal(SIDE, SIDE, dtype=torch.bfloat16)
         return layer.to("cpu")
 
+    def _optimizer(self, row: str, elements: int) -> Any:
+        """An optimizer with gradients that has taken a step, so that its states exist."""
+        torch = self.torch
+        name, _, form = row.partition("_")
+        count = 1
+        if form == "200":
+            count, elements = 200, 1 << 14
+        elif form == "256mb":
+            elements = 1 << 26
+        shape = (elements // SIDE, SIDE) if elements >= SIDE else (elements,)
+        parameters = []
+        for _ in range(count):
+            parameter = torch.nn.Parameter(self._normal(*shape, dtype=torch.float32))
+            parameter.grad = self._normal(*shape, dtype=torch.float32)
+            parameters.append(parameter)
+        if self.package == "torch":
+            optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+        else:
+            optimizer = getattr(self.optim, OPTIMIZERS[name])(parameters, lr=1e-4)
+        optimizer.step()
+        return optimizer
+
     # --- steps ----------------------------------------------------------------------------
 
     def step(self, row: str, elements: int = SIDE * SIDE) -> Step:
         """The call to time for a row; inputs are built once, outside of it."""
+        if row.split("_")[0] in OPTIMIZERS:
+            return self._optimizer(row, elements).step
         torch, F = self.torch, self.functional
         shape = (elements // SIDE, SIDE) if elements >= SIDE else (1, elements)
         if row in ("quantize_4bit", "quantize_4bit_nested"):
@@ -171,7 +199,7 @@ class Worker:
         }
 
     def limits(self) -> dict[str, float]:
-        """Best of several: memory read, copy and first-touch bandwidth, fp32 GEMM."""
+        """Best of several: memory read, copy, first-touch and update bandwidth, fp32 GEMM."""
         torch = self.torch
         size = 256 << 20
         source = torch.ones(size // 4, dtype=torch.float32)
@@ -195,12 +223,15 @@ class Worker:
             "copy_bytes_per_s": 2 * size / best(lambda: target.copy_(source), 10),
             "fresh_bytes_per_s": fresh
             / best(lambda: torch.empty(fresh // 4, dtype=torch.float32).fill_(1.0), 20),
+            "update_bytes_per_s": 3 * size / best(lambda: target.add_(source), 10),
             "gemm_flop_per_s": 2 * n**3 / best(lambda: torch.mm(a, b, out=product), 10),
         }
 
     def memory(self, row: str) -> dict[str, int]:
         """Peak resident bytes of one call beyond what it returns."""
         torch = self.torch
+        if row.split("_")[0] in OPTIMIZERS:
+            return self._optimizer_memory(row)
         small = self.functional
         for dtype in (torch.bfloat16, torch.float32):  # start threads and libraries first
             packed, state = small.quantize_4bit(
@@ -224,6 +255,31 @@ class Worker:
         if row.startswith("linear4bit_train_"):
             outputs = int(row.rsplit("_", 1)[1]) * SIDE * 2  # the gradient of the input
         return {"extra_bytes": max(0, peak - before - outputs), "output_bytes": outputs}
+
+    def _optimizer_memory(self, row: str) -> dict[str, int]:
+        """Peak resident bytes of one step beyond parameters, gradients and states."""
+        # Threads and libraries first, with enough work that no thread is left out.
+        self._optimizer(row.split("_")[0], 1 << 20).step()
+        optimizer = self._optimizer(row, SIDE * SIDE)
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status("VmRSS")
+        optimizer.step()
+        peak = _status("VmHWM")
+        return {"extra_bytes": max(0, peak - before), "output_bytes": 0}
+
+    def state(self, row: str) -> dict[str, Any]:
+        """Bytes of optimizer state, of the tensors that several parameters share only once."""
+        optimizer = self._optimizer(row, 1 << 20)
+        parameters = sum(p.numel() for p in optimizer.param_groups[0]["params"])
+        tensors = {}
+        for state in optimizer.state.values():
+            for key, value in state.items():
+                if hasattr(value, "data_ptr"):
+                    tensors[key, value.data_ptr()] = value.numel() * value.element_size()
+        codes = sum(size for (key, _), size in tensors.items() if key.startswith("qmap"))
+        total = sum(tensors.values()) - codes
+        return {"parameters": parameters, "state_bytes": total, "code_bytes": codes}
 
     # --- the protocol ---------------------------------------------------------------------
 
@@ -252,6 +308,8 @@ class Worker:
             return self.limits()
         if command == "memory":
             return self.memory(request["row"])
+        if command == "state":
+            return self.state(request["row"])
         self.torch.set_num_threads(request.get("threads", THREADS))
         if command == "measure":
             row = request["row"]

@@ -3,6 +3,7 @@
     .venv/bin/python bench/run.py                 everything (about half an hour on 2 cores)
     .venv/bin/python bench/run.py --quick         fewer pairs, no memory and scaling tables
     .venv/bin/python bench/run.py --rows linear4bit_1 tiny_op --pairs 15
+    .venv/bin/python bench/run.py --optimizers    the optimizers' tables, complete
 
 Each peer is a process of its own in a virtual environment of its own. A row is measured in pairs,
 the peer first, then halfbyte; the median of the per-pair ratios is the figure. What the machine can
@@ -30,8 +31,9 @@ sys.path.insert(0, str(HERE))
 
 from definitions import (  # noqa: E402
     MEMORY_ROWS,
+    OPTIMIZER_ROWS,
+    OPTIMIZERS,
     PAIRS,
-    PEER_LARGEST,
     ROW_BY_NAME,
     ROWS,
     SCALING_ROWS,
@@ -150,6 +152,11 @@ def peers(names: tuple[str, str]) -> tuple[Peer, Peer]:
     return out[0], out[1]
 
 
+def beside(ours: Peer) -> Peer:
+    """PyTorch's own fused AdamW, in our environment."""
+    return Peer("torch", ours.python, "torch", [])
+
+
 # ------------------------------------------------------------------------- the machine
 
 
@@ -214,15 +221,19 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def measure_pairs(row: Row, a: Peer, b: Peer, pairs: int) -> dict[str, Any]:
-    """Alternate A B A B and keep every median."""
+def measure_pairs(row: Row, a: Peer, b: Peer, pairs: int, c: Peer | None) -> dict[str, Any]:
+    """Alternate A B A B and keep every median; with a third side, A B C A B C."""
     samples: dict[str, list[float]] = {"a": [], "b": []}
+    sides = [("a", a), ("b", b)]
+    if c is not None and row.beside_torch:
+        samples["c"] = []
+        sides.append(("c", c))
     errors: dict[str, str] = {}
     if row.kind == "import":
         for peer in (a, b):  # warm the file cache for both
             peer.once("--import-time")
     for _ in range(pairs):
-        for side, peer in (("a", a), ("b", b)):
+        for side, peer in sides:
             if side in errors:
                 continue
             if row.kind == "import":
@@ -233,11 +244,15 @@ def measure_pairs(row: Row, a: Peer, b: Peer, pairs: int) -> dict[str, Any]:
                 errors[side] = answer["error"]
             else:
                 samples[side].append(answer["median_s"])
-    out: dict[str, Any] = {"a_s": samples["a"], "b_s": samples["b"], "errors": errors}
-    if samples["a"]:
-        out["a_median_s"] = statistics.median(samples["a"])
-    if samples["b"]:
-        out["b_median_s"] = statistics.median(samples["b"])
+    out: dict[str, Any] = {f"{side}_s": times for side, times in samples.items()}
+    out["errors"] = errors
+    for side, times in samples.items():
+        if times:
+            out[f"{side}_median_s"] = statistics.median(times)
+    if samples.get("c") and samples["b"]:
+        against = [y / x for x, y in zip(samples["c"], samples["b"], strict=False)]
+        out["c_ratios"] = against
+        out["c_ratio"] = statistics.median(against)
     ratios = [y / x for x, y in zip(samples["a"], samples["b"], strict=False)]
     if ratios:
         out["ratios"] = ratios
@@ -273,6 +288,7 @@ def bound_seconds(row: Row, limits: dict[str, float]) -> float | None:
     key = {
         "read": "read_bytes_per_s",
         "fresh": "fresh_bytes_per_s",
+        "update": "update_bytes_per_s",
         "gemm": "gemm_flop_per_s",
     }[row.bound.limit]
     return row.bound.amount / limits[key]
@@ -290,14 +306,18 @@ def verdicts(row: Row, result: dict[str, Any]) -> dict[str, bool | None]:
     return {"ratio_met": ratio, "absolute_met": absolute}
 
 
-def measure_scaling(a: Peer, b: Peer, sizes: tuple[int, ...], pairs: int) -> list[dict[str, Any]]:
+def measure_scaling(
+    a: Peer, b: Peer, names: set[str], sizes: tuple[int, ...], pairs: int
+) -> list[dict[str, Any]]:
     """Time per element over sizes, with one thread and with two."""
     out = []
     for row in SCALING_ROWS:
+        if row.name not in names:
+            continue
         for elements in sizes:
             entry: dict[str, Any] = {"row": row.name, "elements": elements}
             for side, peer in (("a", a), ("b", b)):
-                if peer.label == "upstream" and elements > PEER_LARGEST:
+                if peer.label == "upstream" and elements > row.peer_largest:
                     continue
                 for threads in (1, THREADS):
                     times = []
@@ -316,10 +336,21 @@ def measure_scaling(a: Peer, b: Peer, sizes: tuple[int, ...], pairs: int) -> lis
     return out
 
 
-def measure_memory(a: Peer, b: Peer) -> list[dict[str, Any]]:
+def measure_states(b: Peer, names: set[str]) -> list[dict[str, Any]]:
+    """Bytes of state a parameter."""
+    out = []
+    for name in OPTIMIZER_ROWS:
+        if name in names:
+            out.append({"row": name, **b.ask(command="state", row=name)})
+    return out
+
+
+def measure_memory(a: Peer, b: Peer, names: set[str]) -> list[dict[str, Any]]:
     """Peak memory beyond the outputs, each in a fresh process."""
     out = []
     for row in MEMORY_ROWS:
+        if not names & {row.name, row.beside}:
+            continue
         entry: dict[str, Any] = {"row": row.name, "allowed_mb": row.allowed_mb}
         for side, peer in (("a", a), ("b", b)):
             answer = peer.fresh(command="memory", row=row.name)
@@ -359,12 +390,10 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def report(record: dict[str, Any]) -> str:
-    """The tables of a record."""
-    a, b = record["peers"]["a"]["label"], record["peers"]["b"]["label"]
-    parts = []
+def main_table(results: list[dict[str, Any]], a: str, b: str, optimizers: bool) -> str:
+    """Times, ratios and verdicts; for optimizers PyTorch's fused AdamW beside."""
     rows = []
-    for result in record["rows"]:
+    for result in results:
         row = ROW_BY_NAME[result["row"]]
         if row.kind == "size":
             times = [result.get(f"{side}_bytes") for side in "ab"]
@@ -395,16 +424,42 @@ def report(record: dict[str, Any]) -> str:
                 "–" if fraction is None else f"{fraction * 100:.0f} %",
             ]
         )
+        if optimizers:
+            beside_s, against = result.get("c_median_s"), result.get("c_ratio")
+            rows[-1].append("–" if beside_s is None else f"{number(beside_s * 1e3)} ms")
+            rows[-1].append(number(against))
     header = ["work", a, b, f"{b} / {a}", "ratio target", "", "target", "", "of the limit"]
-    parts.append(table(header, rows))
+    if optimizers:
+        header += ["torch fused AdamW", f"{b} / torch"]
+    return table(header, rows)
+
+
+def report(record: dict[str, Any]) -> str:
+    """The tables of a record."""
+    a, b = record["peers"]["a"]["label"], record["peers"]["b"]["label"]
+    parts = []
+    for optimizers in (False, True):
+        results = [r for r in record["rows"] if (r["row"] in OPTIMIZER_ROWS) is optimizers]
+        if results:
+            parts.append(main_table(results, a, b, optimizers))
     limits = record["limits"]
     parts.append(
         "Limits of the machine in this run: "
         f"read {limits['read_bytes_per_s'] / 1e9:.1f} GB/s, "
         f"copy {limits['copy_bytes_per_s'] / 1e9:.1f} GB/s, "
         f"first touch of new memory {limits['fresh_bytes_per_s'] / 1e9:.1f} GB/s, "
+        f"update in place (a += b) {limits['update_bytes_per_s'] / 1e9:.1f} GB/s, "
         f"fp32 GEMM {limits['gemm_flop_per_s'] / 1e9:.0f} GFLOP/s."
     )
+    if record["states"]:
+        parts.append("Bytes of optimizer state a parameter:")
+        rows = []
+        for entry in record["states"]:
+            each = entry["state_bytes"] / entry["parameters"]
+            kind = OPTIMIZERS[entry["row"].split("_")[0]]
+            whole = 12 if kind.startswith("AdEMAMix") else 8
+            rows.append([kind, f"{each:.5f}", str(whole), f"{1 - each / whole:.0%}"])
+        parts.append(table(["optimizer", "bytes", "in float32", "saved"], rows))
     if record["memory"]:
         titles = {row.name: row.title for row in MEMORY_ROWS}
         parts.append("Peak memory beyond the outputs:")
@@ -446,9 +501,14 @@ def main() -> int:
     )
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows; no other tables")
     parser.add_argument("--pairs", type=int, help=f"pairs a row (default {PAIRS})")
+    parser.add_argument("--optimizers", action="store_true", help="the optimizers' tables alone")
     parser.add_argument("--quick", action="store_true", help="few pairs, the main table alone")
-    parser.add_argument("--memory", action="store_true", help="with --rows or --quick: memory too")
-    parser.add_argument("--scaling", action="store_true", help="with --rows or --quick: sizes too")
+    parser.add_argument(
+        "--memory", action="store_true", help="with --rows or --quick: their memory"
+    )
+    parser.add_argument(
+        "--scaling", action="store_true", help="with --rows or --quick: their scaling"
+    )
     parser.add_argument("--a", choices=("upstream", "halfbyte"), default="upstream")
     parser.add_argument("--b", choices=("upstream", "halfbyte"), default="halfbyte")
     parser.add_argument("--machine", help="name of the folder below bench/record")
@@ -458,15 +518,22 @@ def main() -> int:
     unknown = [name for name in options.rows or [] if name not in ROW_BY_NAME]
     if unknown:
         parser.error(f"unknown row {unknown[0]}; the rows are {', '.join(ROW_BY_NAME)}")
+    if options.optimizers:
+        options.rows = options.rows or list(OPTIMIZER_ROWS)
+        options.memory = options.scaling = True
     wanted = [row for row in ROWS if not options.rows or row.name in options.rows]
+    names = {row.name for row in wanted}
     pairs = options.pairs or (QUICK_PAIRS if options.quick else PAIRS)
     if pairs < 1:
         parser.error(f"--pairs must be at least 1, got {pairs}")
     everything = not options.rows and not options.quick
     row_set = "rows" if options.rows else "quick" if options.quick else "full"
+    if options.optimizers:
+        row_set = "optimizers"
 
     facts = machine()
     a, b = peers((options.a, options.b))
+    c = beside(b) if any(row.beside_torch for row in wanted) else None
     started = datetime.datetime.now(datetime.timezone.utc)
     record: dict[str, Any] = {
         "format": 1,
@@ -479,6 +546,7 @@ def main() -> int:
         "load_before": load(),
         "peers": {},
         "rows": [],
+        "states": [],
         "memory": [],
         "scaling": [],
     }
@@ -486,21 +554,28 @@ def main() -> int:
         for side, peer in (("a", a), ("b", b)):
             say(f"starting {peer.label}")
             record["peers"][side] = {"label": peer.label, **peer.start()}
+        if c is not None:
+            record["peers"]["c"] = {"label": c.label, **c.start()}
         first = a.ask(command="limits")
         for row in wanted:
-            result = measure_size(a, b) if row.kind == "size" else measure_pairs(row, a, b, pairs)
+            result = measure_size(a, b) if row.kind == "size" else None
+            if result is None:
+                result = measure_pairs(row, a, b, pairs, c)
             record["rows"].append({"row": row.name, **result, **verdicts(row, result)})
             detail = f"ratio {result['ratio']:.3f}" if "ratio" in result else str(result["errors"])
             say(f"{row.name}: {detail}")
         if everything or options.scaling:
-            sizes = SCALING_SIZES if everything else QUICK_SIZES
-            record["scaling"] = measure_scaling(a, b, sizes, 3)
+            sizes = QUICK_SIZES if options.quick else SCALING_SIZES
+            record["scaling"] = measure_scaling(a, b, names, sizes, 3)
+        record["states"] = measure_states(b, names)
         record["limits"] = best_limits(first, a.ask(command="limits"))
     finally:
         a.stop()
         b.stop()
+        if c is not None:
+            c.stop()
     if everything or options.memory:
-        record["memory"] = measure_memory(a, b)
+        record["memory"] = measure_memory(a, b, names)
     for result in record["rows"]:
         row = ROW_BY_NAME[result["row"]]
         bound = bound_seconds(row, record["limits"])

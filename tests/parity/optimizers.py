@@ -64,18 +64,21 @@ KINDS: dict[str, Kind] = {
 }
 
 
-def problem(seed: int, index: int, steps: int) -> Tensors:
+def problem(seed: int, index: int, steps: int, *, wide: bool = False) -> Tensors:
     """Parameters ``p/<name>`` and gradients ``g/<name>`` (``[steps, *shape]``) of one case.
 
-    Gradients drift, differ in size by element, and some are 0. The others are within a factor of
-    1,000 of each other: smaller ones have second moments that become 0 in 8 bits upstream.
+    Gradients drift, differ in size by element, and some are 0. Unless ``wide``, the others are
+    within a factor of 1,000 of each other: second moments of smaller ones become 0 in 8 bits
+    upstream.
     """
     rng = np.random.default_rng([seed, index])
     made: Tensors = {}
     for name, (shape, dtype) in SHAPES.items():
-        scale = np.exp(0.5 * rng.standard_normal(shape).clip(-3, 3))
+        scale = rng.standard_normal(shape)
+        scale = np.exp(scale if wide else 0.5 * scale.clip(-3, 3))
         noise = rng.standard_normal((steps, *shape)) + 0.3 * rng.standard_normal(shape)
-        noise = np.sign(noise) * np.abs(noise).clip(0.1, 4.0)
+        if not wide:
+            noise = np.sign(noise) * np.abs(noise).clip(0.1, 4.0)
         noise[rng.random(noise.shape) < 0.01] = 0
         made[f"p/{name}"] = torch.from_numpy(rng.standard_normal(shape)).to(dtype)
         made[f"g/{name}"] = torch.from_numpy(0.01 * noise * scale).to(dtype)

@@ -919,9 +919,12 @@ def test_a_thousand_steps_32bit(cls):
         assert_near(numpy(held["state2"]), state.second, "state2")
 
 
-# Relative error of the parameter, mean and largest. Measured: XX.
+# Relative error of the parameter, mean and largest. Measured: adam and ademamix 1.6e-6 and 1.6e-5,
+# lion 5.7e-6 and 2.3e-5 (equal steps of lr: the roundings add up); the others 6e-7 and 3.7e-6.
 PARAMETER_ERROR = {
-    **dict.fromkeys(("adam", "ademamix", "lion"), (2e-5, 1e-4)),
+    "adam": (4e-6, 4e-5),
+    "ademamix": (4e-6, 4e-5),
+    "lion": (1.2e-5, 1e-4),
     **dict.fromkeys(("momentum", "rmsprop", "adagrad"), (1.2e-6, 1e-5)),
 }
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 import optim_cases as cases
 import pytest
 import torch
-from torch import nn
+from halfbyte import optim
+from torch import Tensor, nn
 
 
 def test_one_call_for_all_that_is_alike():
@@ -433,3 +437,47 @@ def test_warm_ups_of_ademamix(name):
             cases.set_grads(params, step)
             made.step()
     torch.testing.assert_close(a[0], b[0], rtol=1e-5, atol=1e-6)
+
+
+def test_tied_weights_are_updated_once_for_each_time_they_are_given() -> None:
+    def run(make: Callable[[list[Any]], torch.optim.Optimizer]) -> Tensor:
+        torch.manual_seed(0)
+        first, second = torch.nn.Parameter(torch.randn(64, 100)), torch.nn.Parameter(torch.empty(0))
+        second.data = first.data
+        optimizer = make([first, second])
+        for _ in range(3):
+            first.grad, second.grad = torch.randn(64, 100), torch.randn(64, 100)
+            optimizer.step()
+        return first.detach()
+
+    expected = run(lambda params: torch.optim.AdamW(params, lr=0.1))
+    got = run(lambda params: optim.AdamW32bit(params, lr=0.1))
+    torch.testing.assert_close(got, expected)
+    eight = run(lambda params: optim.AdamW8bit(params, lr=0.1))
+    torch.testing.assert_close(eight, expected, atol=0.05, rtol=0.0)
+
+    p = torch.nn.Parameter(torch.randn(5000))
+    start = p.detach().clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        twice = optim.Lion8bit([p, p], lr=0.5)
+    p.grad = torch.ones(5000)
+    twice.step()
+    torch.testing.assert_close(p.detach(), start - 1.0)
+
+
+def test_a_compiled_first_step_makes_states() -> None:
+    params = [torch.nn.Parameter(torch.randn(n)) for n in (30_000, 100)]
+    plain = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    torch._dynamo.reset()
+    optimizer, reference = optim.AdamW8bit(params), optim.AdamW8bit(plain)
+    step = torch.compile(optimizer.step, backend="eager")
+    for _ in range(2):
+        for p, q in zip(params, plain, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        step()
+        reference.step()
+    for p, q in zip(params, plain, strict=True):
+        assert torch.equal(p, q)
+        assert optimizer.state[p]["step"] == 2

@@ -1,6 +1,19 @@
 """Optimizers with 8-bit, 32-bit and paged states, and their settings per parameter."""
 
-from . import adagrad, adam, adamw, ademamix, lamb, lars, lion, optimizer, rmsprop, sgd
+from . import (
+    adagrad,
+    adam,
+    adamw,
+    ademamix,
+    lamb,
+    lars,
+    lion,
+    muon,
+    optimizer,
+    rmsprop,
+    schedule_free,
+    sgd,
+)
 from ._paged import paged_dir, set_paged_dir
 from .adagrad import Adagrad, Adagrad8bit, Adagrad32bit
 from .adam import Adam, Adam8bit, Adam32bit, PagedAdam, PagedAdam8bit, PagedAdam32bit
@@ -16,8 +29,10 @@ from .ademamix import (
 from .lamb import LAMB, LAMB8bit, LAMB32bit
 from .lars import LARS, LARS8bit, LARS32bit, PytorchLARS
 from .lion import Lion, Lion8bit, Lion32bit, PagedLion, PagedLion8bit, PagedLion32bit
+from .muon import Muon8bit
 from .optimizer import GlobalOptimManager
 from .rmsprop import RMSprop, RMSprop8bit, RMSprop32bit
+from .schedule_free import AdamWScheduleFree, AdamWScheduleFree8bit
 from .sgd import SGD, SGD8bit, SGD32bit
 
 __all__ = [
@@ -36,6 +51,8 @@ __all__ = [
     "AdamW",
     "AdamW8bit",
     "AdamW32bit",
+    "AdamWScheduleFree",
+    "AdamWScheduleFree8bit",
     "GlobalOptimManager",
     "LAMB8bit",
     "LAMB32bit",
@@ -44,6 +61,7 @@ __all__ = [
     "Lion",
     "Lion8bit",
     "Lion32bit",
+    "Muon8bit",
     "PagedAdEMAMix",
     "PagedAdEMAMix8bit",
     "PagedAdEMAMix32bit",
@@ -69,9 +87,11 @@ __all__ = [
     "lamb",
     "lars",
     "lion",
+    "muon",
     "optimizer",
     "paged_dir",
     "rmsprop",
+    "schedule_free",
     "set_paged_dir",
     "sgd",
 ]  # fmt: skip

@@ -223,9 +223,10 @@ class _Hyper(NamedTuple):
 class _Batch:
     """The tensors of one call."""
 
-    __slots__ = ("grads", "params", "states", "streams")
+    __slots__ = ("grads", "params", "places", "states", "streams")
 
     def __init__(self) -> None:
+        self.places: set[int] = set()
         self.grads: list[Tensor] = []
         self.params: list[Tensor] = []
         self.states: list[dict[str, Any]] = []
@@ -467,7 +468,7 @@ class Optimizer8bit(torch.optim.Optimizer):
     def _zeros(self, p: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if not self._pages(p):
             zeros = torch.zeros(shape, dtype=dtype, device=p.device)
-            if zeros.device.type == "cpu" and type(zeros) is Tensor:
+            if zeros.device.type == "cpu" and not torch.compiler.is_compiling():
                 # Nothing of it is in memory yet: the first step will touch it.
                 native.prefer_huge_pages(zeros.data_ptr(), zeros.nbytes)
             return zeros
@@ -808,6 +809,7 @@ class _StateOptimizer(Optimizer8bit):
         own_config = type(self).get_config is not Optimizer8bit.get_config
         overrides = bool(by_id or by_position or own_config)
         states, strided, uint8 = self.state, torch.strided, torch.uint8
+        compiling = torch.compiler.is_compiling()
         first = 0
         for gindex, group in enumerate(self.param_groups):
             common: tuple[_Hyper, dict[Hashable, _Batch]] | None = None
@@ -838,11 +840,18 @@ class _StateOptimizer(Optimizer8bit):
                     kind = (state["step"], p.device)
                 if hyper.rounding != "nearest":
                     kind = (kind, p.dtype)
-                batch = kinds.get(kind)
-                if batch is None:
-                    batch = kinds[kind] = _Batch()
                 if type(p) is not torch.nn.Parameter:
                     p, grad = _local(p), _local(grad)
+                place = 0 if compiling else p.data_ptr()
+                batch = kinds.get(kind)
+                while batch is not None and place in batch.places:
+                    # The same memory again (tied weights): updated once more, afterwards.
+                    kind = (kind,)
+                    batch = kinds.get(kind)
+                if batch is None:
+                    batch = kinds[kind] = _Batch()
+                if place:
+                    batch.places.add(place)
                 batch.params.append(p)
                 batch.grads.append(grad)
                 batch.states.append(state)
