@@ -3,7 +3,7 @@
 #   make demo    the main job: a small LM in NF4, fine-tuned with LoRA, saved, reloaded
 #   make test    everything that passes without a GPU
 #
-# also: check · bench · docs · upstream-env · check-aarch64 · miri · fuzz · clean
+# also: check · bench · curves · paged · docs · upstream-env · check-aarch64 · miri · fuzz · clean
 
 PYTHON  ?= python3
 VENV    := .venv
@@ -19,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-rust test-python test-parity check check-aarch64 miri fuzz bench docs \
+.PHONY: demo test test-rust test-python test-parity check check-aarch64 miri fuzz bench curves paged docs \
         install upstream-env clean
 .DEFAULT_GOAL := test
 
@@ -96,6 +96,15 @@ fuzz:
 
 bench: $(STAMPS)/install $(STAMPS)/upstream
 	@$(PY) bench/run.py $(ARGS)
+
+# docs/figures/{curves,rounding}.svg: about 15 minutes on two cores.
+curves: $(STAMPS)/install $(STAMPS)/upstream
+	@$(PY) models/train/compare_optimizers.py curves $(ARGS)
+	@$(PY) models/train/compare_optimizers.py rounding $(ARGS)
+
+# An optimizer whose state is four times a memory limit; needs the right to make a control group.
+paged: $(STAMPS)/install
+	@$(PY) bench/paged.py $(ARGS)
 
 docs: $(STAMPS)/install
 	@RUSTDOCFLAGS="-D warnings" cargo doc --quiet --no-deps -p halfbyte

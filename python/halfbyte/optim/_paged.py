@@ -282,10 +282,13 @@ class TensorList:
 
     def __init__(self) -> None:
         self._references: list[weakref.ref[Tensor]] = []
+        self._alive_once = 0
 
     def append(self, tensor: Tensor) -> None:
         """Adds a tensor at the end; it leaves by itself when it dies."""
-        self._references = [r for r in self._references if r() is not None]
+        if len(self._references) > 2 * self._alive_once + 100:
+            self._references = [r for r in self._references if r() is not None]
+            self._alive_once = len(self._references)
         self._references.append(weakref.ref(tensor))
 
     def _alive(self) -> list[Tensor]:
