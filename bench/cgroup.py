@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 import time
 from pathlib import Path
 
@@ -87,17 +88,16 @@ class MemoryLimit:
             with contextlib.suppress(OSError):
                 swap = self.nbytes if self.version == 1 else 0
                 self._write("memory.memsw.limit_in_bytes", "memory.swap.max", swap)
-            # A group that cannot be entered is of no use: a child tries.
-            child = os.fork()
-            if child == 0:
-                try:
-                    self.enter()
-                except OSError as error:
-                    os._exit(error.errno or 1)
-                os._exit(0)
-            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            if code:
-                raise Unavailable(f"cannot enter a control group: {os.strerror(code)}")
+            self.peak()  # which some kernels do not keep
+            # A group that cannot be entered is of no use: a shell tries.
+            done = subprocess.run(
+                ["sh", "-c", 'echo $$ > "$0"', str(self.folder / "cgroup.procs")],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if done.returncode:
+                raise Unavailable(f"cannot enter a control group: {done.stderr.strip()}")
         except (OSError, Unavailable) as error:
             self.__exit__()
             if isinstance(error, Unavailable):

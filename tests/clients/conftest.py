@@ -34,7 +34,8 @@ def fresh_process_state() -> Iterator[None]:
 def light() -> Iterator[None]:
     """For models so small that threads, and `gc.collect()` over all modules, cost more than they.
 
-    (2 cores: a Trainer of six steps takes 0.3 s like this, 2 s otherwise, 2026-11-21.)
+    (Two cores, busy: a Trainer that trains and resumes takes 0.3 s like this, 4 s otherwise,
+    2026-11-21.)
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

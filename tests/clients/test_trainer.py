@@ -267,7 +267,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path):
     """Not taken for one without states, which would silently start again from zero moments."""
     Trainer(model=make_model(), args=arguments(tmp_path), train_dataset=rows()).train()
     ours = Trainer(model=make_model(), args=arguments(tmp_path, "adamw_8bit"), train_dataset=rows())
-    with pytest.raises(ValueError, match=r"state\[0\]\['state1'\] must be a tensor, got nothing"):
+    with pytest.raises(ValueError, match=r"state\[0\] must hold state1 .* exp_avg"):
         ours.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{HALF}"))
 
 

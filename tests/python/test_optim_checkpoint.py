@@ -375,9 +375,15 @@ def without_blocks(file):
         (edit(0, "qmap1", lambda t: t[:16]), r"\['qmap1'\] must have shape \[256\]"),
         (edit(0, "qmap2", lambda t: "x"), r"\['qmap2'\] must be a tensor, got str"),
         (edit(1, "state2", None), r"state\[1\]\['state2'\] must be a tensor, got nothing"),
-        (edit(0, "step", lambda s: -1), r"state\[0\]\['step'\] must not be negative, got -1"),
-        (edit(0, "step", lambda s: "2"), r"state\[0\]\['step'\] must be an integer, got '2'"),
-        (edit(0, "step", None), r"state\[0\]\['step'\] must be an integer, got None"),
+        (
+            edit(0, "step", lambda s: -1),
+            r"state\[0\]\['step'\] must be an integer from 0 on, got -1",
+        ),
+        (
+            edit(0, "step", lambda s: "2"),
+            r"state\[0\]\['step'\] must be an integer from 0 on, got '2'",
+        ),
+        (edit(0, "step", None), r"state\[0\]\['step'\] must be an integer from 0 on, got None"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_changes_nothing(change, says):
@@ -457,3 +463,54 @@ def test_deepcopied_state_dict_of_an_optimizer_in_use():
     state = made.state[params[0]]["state1"]
     assert live["state"][0][KEY]["state1"].data_ptr() == state.data_ptr()
     assert not torch.equal(frozen["state"][0][KEY]["state1"], state)
+
+
+@pytest.mark.parametrize("step", [2.0, torch.tensor(2.0)])
+def test_whole_steps_of_any_type_become_integers(step):
+    params = cases.parameters((64, 80))
+    made = cases.make("AdamW8bit", params)
+    cases.set_grads(params, 0)
+    made.step()
+    saved = made.state_dict()
+    saved["state"][0]["step"] = step
+    made.load_state_dict(saved)
+    assert type(made.state[params[0]]["step"]) is int
+    made.step()
+    assert made.state[params[0]]["step"] == 3
+
+
+@pytest.mark.parametrize("step", [float("inf"), float("nan"), -1, 2**70, 1.5, "2", None])
+def test_steps_that_are_none_are_refused(step):
+    params = cases.parameters((64, 80))
+    made = cases.make("AdamW8bit", params)
+    cases.set_grads(params, 0)
+    made.step()
+    saved = made.state_dict()
+    saved["state"][0]["step"] = step
+    with pytest.raises(ValueError, match=r"state\[0\]\['step'\] must be an integer from 0 on"):
+        made.load_state_dict(saved)
+    assert made.state[params[0]]["step"] == 1
+
+
+def test_another_optimizers_state_dict_is_named_as_such():
+    params = cases.parameters((64, 80))
+    other = torch.optim.AdamW(params)
+    cases.set_grads(params, 0)
+    other.step()
+    with pytest.raises(ValueError, match="exp_avg, exp_avg_sq: is it another optimizer's"):
+        cases.make("AdamW8bit", params).load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"state": None, "param_groups": []},
+        {"state": {}, "param_groups": {}},
+        {"state": {}, "param_groups": [{"lr": 1.0}]},
+        {"state": {0: torch.zeros(3)}, "param_groups": [{"params": [0]}]},
+        {"param_groups": []},
+    ],
+)
+def test_what_is_no_state_dict_is_refused(bad):
+    with pytest.raises(ValueError, match=r"must be a|has no key"):
+        cases.make("AdamW8bit", cases.parameters((3,))).load_state_dict(bad)

@@ -21,6 +21,15 @@ SHAPES = [(64, 80), (7, 3)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
+@pytest.fixture
+def one_thread():
+    """Many steps of little work are no faster with two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Reference:
     """The paper's x, y, z for one parameter, in float64; x as the average that it is."""
 
@@ -89,6 +98,7 @@ def error(p, start, expected):
         {"lr": 2e-3, "betas": (0.95, 0.99), "r": 1.0, "eps": 1e-4},
     ],
 )
+@pytest.mark.usefixtures("one_thread")
 def test_a_thousand_steps(more):
     def there_and_back(made, step):
         if step % 100 == 50:
@@ -107,6 +117,7 @@ def test_a_thousand_steps(more):
             assert error(p, start, ref.x) < (bound if index == 0 else 5e-6)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_bfloat16():
     """Updates that vanish in y come back with stochastic and with compensated rounding."""
     errors = {}
@@ -156,6 +167,7 @@ def test_a_learning_rate_of_zero_changes_nothing():
     assert made.param_groups[0]["weight_sum"] == 0.0
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("kind", BOTH)
 def test_elements_without_gradient_never_move(kind):
     params = cases.parameters((64, 80))
@@ -252,7 +264,7 @@ def test_there_and_back(dtype, rounding, beta1):
         optim.AdamWScheduleFree8bit,
         20,
         dtype,
-        [(700, 801), (7, 3)],
+        [(600, 501), (7, 3)],
         rounding=rounding,
         lr=1e-2,
         betas=(beta1, 0.99),
@@ -268,21 +280,23 @@ def test_there_and_back(dtype, rounding, beta1):
     assert cases.equal(before, params)
     made.eval()
     averages = [p.detach().clone() for p in params]
+    eps = torch.finfo(dtype).eps
     for p, y, x in zip(params, exact, averages, strict=True):
         want = y + (1 - 1 / beta1) * (made.state[p]["state1"].double() - y)
-        assert torch.equal(x, want.to(dtype))
-        assert not torch.equal(values(p), y)
+        torch.testing.assert_close(x.double(), want, rtol=0.501 * eps, atol=1e-7)
+        assert (x.double() - y).abs().max() > 1e-3
     made.eval()
     assert cases.equal(averages, params)
     made.train()
     for p, y, wide, x in zip(params, before, exact, averages, strict=True):
         if rounding == "kahan" and dtype == torch.bfloat16:
-            torch.testing.assert_close(values(p), wide, rtol=2**-16, atol=2**-20)
-        else:
-            grows = torch.frexp(x.float()).exponent > torch.frexp(y.float()).exponent
-            assert torch.equal(p[~grows], y[~grows])
-            assert grows.float().mean() < 0.05
-            torch.testing.assert_close(p.detach(), y, rtol=torch.finfo(dtype).eps, atol=1e-7)
+            torch.testing.assert_close(values(p), wide, rtol=2**-16, atol=2**-16)
+            continue
+        (mantissa, exponent), other = torch.frexp(y.float()), torch.frexp(x.float()).exponent
+        same = (other <= exponent) & (mantissa.abs() != 0.5)
+        assert same.float().mean() > 0.8
+        assert torch.equal(p[same], y[same])
+        assert ((p - y).abs() <= eps * torch.maximum(x.abs(), y.abs())).all()
 
 
 def test_modes_of_groups():
@@ -512,6 +526,7 @@ def test_states_that_do_not_fit(change, says):
 # ---- what it learns ------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_it_learns():
     """Classes of noisy points: in eval mode better than its y, and 8 bits as good as 32."""
     generator = torch.Generator().manual_seed(0)

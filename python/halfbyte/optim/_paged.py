@@ -74,11 +74,13 @@ def paged_dir() -> str:
 
 
 def _failure(error: OSError, nbytes: int, folder: str) -> OSError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    advice = "Make room there, or choose" if full else "Choose"
     return OSError(
         error.errno,
         f"cannot reserve {nbytes:,} bytes ({nbytes / 2**30:.2f} GiB) of paged optimizer state in "
-        f"{folder!r}: {error.strerror or error}. Make room there, or choose another folder with "
-        f"the environment variable {VARIABLE} or set_paged_dir()",
+        f"{folder!r}: {error.strerror or error}. {advice} "
+        f"another folder with the environment variable {VARIABLE} or set_paged_dir()",
     )
 
 
@@ -148,6 +150,8 @@ class _Arena:
             self._give_back(start, length)
         if self.live == 0:
             _forget(self)
+            self.used = self.size  # nothing more is cut from it
+            self.file.close()
 
     def part_from_parent(self) -> None:
         """In a forked child: what is written from now on stays in this process."""
@@ -221,7 +225,8 @@ def _after_fork() -> None:
     _lock = threading.RLock()
     _current = None
     for arena in list(_arenas):
-        arena.part_from_parent()
+        if arena.live:
+            arena.part_from_parent()
 
 
 if hasattr(os, "register_at_fork") and sys.platform != "win32":

@@ -7,6 +7,7 @@ that shares hyperparameters, precision and step number. The update rules are the
 from __future__ import annotations
 
 import math
+import numbers
 import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping
@@ -244,6 +245,31 @@ def _sparse(what: str, grad: Tensor) -> RuntimeError:
         f"{what} takes dense gradients, got one of layout {grad.layout}: make the embedding with "
         "sparse=False, or give its parameter to torch.optim.SparseAdam"
     )
+
+
+def _check_form(state_dict: Mapping[str, Any]) -> None:
+    """Raises ValueError unless it has the outer form of an optimizer's state dict."""
+    for key, kind, name in (("state", Mapping, "dictionary"), ("param_groups", list, "list")):
+        if key not in state_dict:
+            raise ValueError(f"the optimizer's state dict has no key {key!r}")
+        value = state_dict[key]
+        if not isinstance(value, kind):
+            got = type(value).__name__
+            raise ValueError(f"{key!r} of the optimizer's state dict must be a {name}, got {got}")
+    for index, group in enumerate(state_dict["param_groups"]):
+        if not isinstance(group, Mapping) or not isinstance(group.get("params"), list):
+            raise ValueError(f"param_groups[{index}] must be a dictionary with a list 'params'")
+    for key, value in state_dict["state"].items():
+        if isinstance(value, Tensor):
+            raise ValueError(f"state[{key!r}] must be a dictionary, got a tensor")
+
+
+def _is_count(step: Any) -> bool:
+    """Whether it is a whole number that a step can have."""
+    if not isinstance(step, numbers.Real) or not math.isfinite(step):
+        return False
+    number = float(step)
+    return number.is_integer() and 0 <= number < 2**63
 
 
 def _check_rounding(rounding: Any, seed: Any) -> None:
@@ -549,14 +575,14 @@ class Optimizer8bit(torch.optim.Optimizer):
         Raises:
             ValueError: when the states do not fit the parameters.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must be a dictionary, got {type(state_dict).__name__}")
         loaded: Any = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = pre_hook(self, loaded)
             if result is not None:
                 loaded = result
-        for key in ("state", "param_groups"):
-            if key not in loaded:
-                raise ValueError(f"the optimizer's state dict has no key {key!r}")
+        _check_form(loaded)
         saved_groups = deepcopy(loaded["param_groups"])
         owners = self._match(saved_groups)
         unwrapped = {key: self._unwrapped(value) for key, value in loaded["state"].items()}
@@ -621,7 +647,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         self, p: Tensor, name: str, value: Any, move_to_device: bool, codes: list[Tensor]
     ) -> Any:
         """A copy of a loaded value, where the optimizer wants it. ``codes``: the qmaps so far."""
-        if name == "step" and isinstance(value, Tensor):
+        if name == "step":
             return int(value)
         if not isinstance(value, Tensor):
             return deepcopy(value)
@@ -728,8 +754,8 @@ class _StateOptimizer(Optimizer8bit):
         if bits == 8 and p.numel() >= config["min_8bit_size"]:
             dtype = torch.uint8
         part = _local(p)
-        state = self.state[p]
-        state["step"] = 0
+        # Put in its place when it is whole: a disk may be full in between.
+        state: dict[str, Any] = {"step": 0}
         if self._stacked():
             state["state1"] = self._get_state_double_buffer(part, dtype=dtype)
         else:
@@ -747,6 +773,7 @@ class _StateOptimizer(Optimizer8bit):
             self._update_norm(part, state)
         if config.get("rounding") == "kahan" and p.dtype is torch.bfloat16:
             self._compensation(part, state)
+        self.state[p].update(state)
 
     def _code(self, name: str, p: Tensor) -> Tensor:
         if name not in self.name2qmap:
@@ -880,6 +907,9 @@ class _StateOptimizer(Optimizer8bit):
         rates = (hyper.beta1, hyper.beta2, beta3, alpha, hyper.eps, hyper.weight_decay, step)
         rest = (hyper.lr, 1.0, hyper.skip_zeros, streams, hyper.seed)
         name = self.optimizer_name
+        # Counted first: an interrupt arrives when the native call has returned.
+        for state in states:
+            state["step"] = step
         try:
             if state1[0].dtype is torch.uint8:
                 two = self._states == 2
@@ -916,10 +946,10 @@ class _StateOptimizer(Optimizer8bit):
                     *rates,
                     *rest,
                 )
-        except (RuntimeError, NotImplementedError) as error:
+        except Exception as error:
+            for state in states:  # nothing has been changed
+                state["step"] = step - 1
             raise failure(error) from None
-        for state in states:
-            state["step"] = step
 
     def _owns_state_layout(self) -> bool:
         # Somebody else's step may keep states of other shapes (GaLore's are of the projection).
@@ -949,13 +979,17 @@ class _StateOptimizer(Optimizer8bit):
                 )
             return value
 
-        step = state.get("step")
+        if "state1" not in state:
+            got = ", ".join(map(str, state))
+            raise ValueError(
+                f"{where} must hold state1 and what goes with it, got {got}: is it another "
+                f"optimizer's? {type(self).__name__} cannot go on from that"
+            )
+        step: Any = state.get("step")
         if isinstance(step, Tensor) and step.numel() == 1:
             step = step.item()
-        if isinstance(step, bool) or not isinstance(step, int | float) or step != int(step):
-            raise ValueError(f"{where}['step'] must be an integer, got {step!r}")
-        if step < 0:
-            raise ValueError(f"{where}['step'] must not be negative, got {step}")
+        if not _is_count(step):
+            raise ValueError(f"{where}['step'] must be an integer from 0 on, got {step!r}")
         p = _local(p)
         shape = tuple(p.shape)
         first = (2, *shape) if self._stacked() else shape

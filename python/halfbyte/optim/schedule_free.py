@@ -73,9 +73,10 @@ class AdamWScheduleFree(_StateOptimizer):
     while ``z`` goes on. Use ``rounding="stochastic"`` or ``"kahan"`` (what that keeps takes part
     in the change of modes).
 
-    Going to eval mode and back gives the same ``y``, in every dtype, but for a unit in the last
-    place of elements whose ``x`` has a larger exponent: both ways are computed in float64 and
-    rounded once, to within ``beta1 / 2 < 1 / 2`` of a unit.
+    Going to eval mode and back gives the same ``y`` in every dtype, because both ways are computed
+    in float64 and rounded once, to within ``beta1 / 2 < 1 / 2`` of a unit in the last place. Where
+    units differ (``x`` has a larger exponent than ``y``, or ``y`` is a power of two) it may be the
+    next number.
 
     Args:
         params: parameters, named parameters or groups.
