@@ -105,7 +105,7 @@ class Muon8bit(_StateOptimizer):
             ``compensation`` with ``rounding="kahan"``. Per other parameter those of AdamW8bit.
     """
 
-    _states = 2  # of AdamW; matrices have one: _kind_of_state
+    _states = 2  # of AdamW; matrices have one: _one_state
 
     def __init__(
         self,

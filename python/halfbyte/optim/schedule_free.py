@@ -228,8 +228,13 @@ class AdamWScheduleFree(_StateOptimizer):
         super().init_state(group, p, gindex, pindex)
         state, part = self.state[p], _local(p)
         if state["state2"].dtype is torch.uint8:
+            try:
+                z = self.get_state_buffer(part, dtype=torch.float32)
+            except BaseException:  # a disk may be full
+                del self.state[p]
+                raise
             del state["qmap1"], state["absmax1"]
-            state["state1"] = self.get_state_buffer(part, dtype=torch.float32)
+            state["state1"] = z
         state["state1"].copy_(part)
 
     def _update(self, hyper: _Hyper, batch: _Batch) -> None:
@@ -259,7 +264,9 @@ class AdamWScheduleFree(_StateOptimizer):
                 ]
             else:
                 streams = batch.streams
-        code = states[0]["qmap2"]
+        # Counted first: an interrupt arrives when the native call has returned.
+        for state in states:
+            state["step"] = step
         try:
             step_group(
                 ops.optimizer_update_8bit_blockwise.group,
@@ -271,8 +278,8 @@ class AdamWScheduleFree(_StateOptimizer):
                 [],
                 [s["absmax2"] for s in states],
                 compensation,
-                code,  # of no state, but the op wants one
-                code,
+                self._code("dynamic", params[0]),  # of no state: it only chooses the kernels
+                states[0]["qmap2"],
                 hyper.beta1,
                 hyper.beta2,
                 hyper.beta3,
@@ -286,10 +293,10 @@ class AdamWScheduleFree(_StateOptimizer):
                 streams,
                 hyper.seed,
             )
-        except (RuntimeError, NotImplementedError) as error:
+        except Exception as error:
+            for state in states:  # nothing has been changed
+                state["step"] = step - 1
             raise failure(error) from None
-        for state in states:
-            state["step"] = step
 
     # ---- checkpoints -----------------------------------------------------------------------------
 
@@ -404,14 +411,16 @@ def _expect(what: str, value: Any, dtype: torch.dtype, shape: tuple[int, ...]) -
 
 def _from_reference(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     """A state dict of the package ``schedulefree`` in this package's form; others as they are."""
-    states = state_dict.get("state")
-    if not isinstance(states, Mapping):
+    form = isinstance(state_dict, Mapping)
+    states = state_dict.get("state") if form else None
+    groups = state_dict.get("param_groups") if form else None
+    if not isinstance(states, Mapping) or not isinstance(groups, list):
         return state_dict
     steps = {
         key: group["k"]
-        for group in state_dict.get("param_groups", ())
-        for key in group["params"]
-        if "k" in group
+        for group in groups
+        if isinstance(group, Mapping) and "k" in group
+        for key in group.get("params", ())
     }
     converted = {
         key: {

@@ -263,13 +263,13 @@ unsafe fn block8<V: Vector, U: Update<N>, const N: usize>(
                     continue;
                 }
                 let scale = V::splat(*b.scales[i]);
-                // Of two states: with three the permutes cost more than they hide.
-                let values = if N == 2 && i == U::FLOATS {
-                    signed.decode_beside(b.q[i].add(at))
-                } else if i < N - U::SECOND {
-                    signed.decode(b.q[i].add(at))
-                } else {
+                let values = if i >= N - U::SECOND {
                     unsigned.decode(b.q[i].add(at))
+                } else if N == 2 {
+                    // With three states the permutes cost more than they hide.
+                    signed.decode_beside(b.q[i].add(at))
+                } else {
+                    signed.decode(b.q[i].add(at))
                 };
                 for v in 0..4 {
                     old[i][v] = values[v].mul(scale);

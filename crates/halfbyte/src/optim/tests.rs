@@ -232,6 +232,27 @@ fn every_instruction_set_gives_the_bytes_of_the_definition() {
     }
 }
 
+/// All codes near the top of their maps, where no block falls back to the definition.
+#[test]
+fn equal_gradients_give_the_same_bytes_on_every_instruction_set() {
+    for rule in Rule::ALL {
+        let start = Owned::new(rule, 700, (DType::F32, DType::F32), &mut Numbers(5));
+        let run = |isa| {
+            let mut t = start.clone();
+            for step in 1..=6 {
+                let grad: Vec<f32> = (0..700).map(|i| 1.0 + 0.1 * (i % 7) as f32).collect();
+                t.set_grad(&grad);
+                t.step(isa, rule, 8, &Hyper { weight_decay: 0.0, ..hyper(step) }, "nearest");
+            }
+            t
+        };
+        let definition = run(Isa::Scalar);
+        for isa in isa::available() {
+            assert_same(&run(isa), &definition, &format!("{rule:?} {isa}"));
+        }
+    }
+}
+
 /// Blocks of which `absmax` has no reciprocal, or whose second moment is subnormal.
 #[test]
 fn tiny_and_huge_gradients_stay_exact_on_every_instruction_set() {
