@@ -835,7 +835,7 @@ class _StateOptimizer(Optimizer8bit):
         by_id, by_position = mng.pid2config, mng.index2config
         own_config = type(self).get_config is not Optimizer8bit.get_config
         overrides = bool(by_id or by_position or own_config)
-        states, strided, uint8 = self.state, torch.strided, torch.uint8
+        states, strided = self.state, torch.strided
         compiling = torch.compiler.is_compiling()
         first = 0
         for gindex, group in enumerate(self.param_groups):
@@ -857,14 +857,9 @@ class _StateOptimizer(Optimizer8bit):
                         hyper = _Hyper.of(self._group_config(group))
                         common = hyper, batches.setdefault(hyper, {})
                     hyper, kinds = common
-                state1 = state["state1"]
                 # What must be alike within a call, apart from the hyperparameters.
-                kind: Hashable
-                if state1.dtype is uint8:
-                    code2 = state.get("qmap2")
-                    kind = (state["step"], p.device, id(state["qmap1"]), id(code2))
-                else:
-                    kind = (state["step"], p.device)
+                codes = id(state.get("qmap1")), id(state.get("qmap2"))
+                kind: Hashable = (state["step"], p.device, codes)
                 if hyper.rounding != "nearest":
                     kind = (kind, p.dtype)
                 if type(p) is not torch.nn.Parameter:
@@ -906,13 +901,13 @@ class _StateOptimizer(Optimizer8bit):
         state2 = [s["state2"] for s in states] if self._states == 2 else []
         rates = (hyper.beta1, hyper.beta2, beta3, alpha, hyper.eps, hyper.weight_decay, step)
         rest = (hyper.lr, 1.0, hyper.skip_zeros, streams, hyper.seed)
-        name = self.optimizer_name
+        name, first = self.optimizer_name, states[0]
+        coded = "absmax1" in first, "absmax2" in first
         # Counted first: an interrupt arrives when the native call has returned.
         for state in states:
             state["step"] = step
         try:
-            if state1[0].dtype is torch.uint8:
-                two = self._states == 2
+            if any(coded):
                 step_group(
                     ops.optimizer_update_8bit_blockwise.group,
                     name,
@@ -920,11 +915,11 @@ class _StateOptimizer(Optimizer8bit):
                     params,
                     state1,
                     state2,
-                    [s["absmax1"] for s in states],
-                    [s["absmax2"] for s in states] if two else [],
+                    [s["absmax1"] for s in states] if coded[0] else [],
+                    [s["absmax2"] for s in states] if coded[1] else [],
                     compensation,
-                    states[0]["qmap1"],
-                    states[0]["qmap2"] if two else None,
+                    first["qmap1"] if coded[0] else self._code("dynamic", params[0]),
+                    first["qmap2"] if coded[1] else None,
                     *rates,
                     *rest,
                 )

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._ops import failure, ops, step_group
-from .optimizer import _BLOCKSIZE, _Batch, _check_common, _Hyper, _local, _StateOptimizer
+from .optimizer import _BLOCKSIZE, _check_common, _local, _StateOptimizer
 
 __all__ = ["AdamWScheduleFree", "AdamWScheduleFree8bit"]
 
@@ -236,67 +235,6 @@ class AdamWScheduleFree(_StateOptimizer):
             del state["qmap1"], state["absmax1"]
             state["state1"] = z
         state["state1"].copy_(part)
-
-    def _update(self, hyper: _Hyper, batch: _Batch) -> None:
-        kinds: dict[int | None, _Batch] = {}
-        for index, state in enumerate(batch.states):
-            code = state.get("qmap2")
-            kind = kinds.setdefault(None if code is None else id(code), _Batch())
-            kind.params.append(batch.params[index])
-            kind.grads.append(batch.grads[index])
-            kind.states.append(state)
-            kind.streams.append(batch.streams[index])
-        for code_id, kind in kinds.items():
-            if code_id is None:
-                super()._update(hyper, kind)
-            else:
-                self._update_8bit(hyper, kind)
-
-    def _update_8bit(self, hyper: _Hyper, batch: _Batch) -> None:
-        params, states = batch.params, batch.states
-        step = states[0]["step"] + 1
-        compensation: list[Tensor] = []
-        streams: list[int] = []
-        if hyper.rounding != "nearest" and params[0].dtype is torch.bfloat16:
-            if hyper.rounding == "kahan":
-                compensation = [
-                    self._compensation(p, s) for p, s in zip(params, states, strict=True)
-                ]
-            else:
-                streams = batch.streams
-        # Counted first: an interrupt arrives when the native call has returned.
-        for state in states:
-            state["step"] = step
-        try:
-            step_group(
-                ops.optimizer_update_8bit_blockwise.group,
-                self.optimizer_name,
-                batch.grads,
-                params,
-                [s["state1"] for s in states],
-                [s["state2"] for s in states],
-                [],
-                [s["absmax2"] for s in states],
-                compensation,
-                self._code("dynamic", params[0]),  # of no state: it only chooses the kernels
-                states[0]["qmap2"],
-                hyper.beta1,
-                hyper.beta2,
-                hyper.beta3,
-                hyper.alpha,
-                hyper.eps,
-                hyper.weight_decay,
-                step,
-                hyper.lr,
-                1.0,
-                hyper.skip_zeros,
-                streams,
-                hyper.seed,
-            )
-        except Exception as error:
-            for state in states:  # nothing has been changed
-                state["step"] = step - 1
-            raise failure(error) from None
 
     # ---- checkpoints -----------------------------------------------------------------------------
 
