@@ -7,6 +7,7 @@ group a process.
 from __future__ import annotations
 
 import copy
+import os
 import subprocess
 import sys
 
@@ -50,6 +51,9 @@ def work(rank: int, store: str) -> None:
         print(f"rank {rank}: {kind}", flush=True)
         train(kind)
     dist.destroy_process_group()
+    sys.stdout.flush()
+    # Gloo's threads may still hold tensors when the interpreter ends, and abort (pytorch#179291).
+    os._exit(0)
 
 
 def train(kind: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import sys
 
 import pytest
@@ -60,6 +61,9 @@ def worker(rank: int, store: str) -> None:
         sys.stdout.write(f"rank {rank}: {name}\n")  # in one piece, beside the other rank's
         sys.stdout.flush()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    # Gloo's threads may still hold tensors when the interpreter ends, and abort (pytorch#179291).
+    os._exit(0)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo's file store wants a POSIX path")
