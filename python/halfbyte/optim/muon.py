@@ -290,13 +290,9 @@ class Muon8bit(_StateOptimizer):
         Its native rule knows every rounding of ``p`` and is one pass. ``scratch``: float32, finite,
         overwritten.
         """
-        compensation: list[Tensor] = []
-        streams: list[int] = []
-        if p.dtype is torch.bfloat16:
-            if hyper.rounding == "kahan":
-                compensation = [self._compensation(p, state)]
-            elif hyper.rounding == "stochastic":
-                streams = [stream]
+        alone = _Batch()
+        alone.params, alone.states, alone.streams = [p], [state], [stream]
+        compensation, streams = self._rounding(hyper, alone)
         try:
             step_group(
                 ops.optimizer_update_32bit.group,

@@ -888,15 +888,7 @@ class _StateOptimizer(Optimizer8bit):
         params, states = batch.params, batch.states
         step = states[0]["step"] + 1
         alpha, beta3 = hyper.scheduled(step)
-        compensation: list[Tensor] = []
-        streams: list[int] = []
-        if hyper.rounding != "nearest" and params[0].dtype is torch.bfloat16:
-            if hyper.rounding == "kahan":
-                compensation = [
-                    self._compensation(p, s) for p, s in zip(params, states, strict=True)
-                ]
-            else:
-                streams = batch.streams
+        compensation, streams = self._rounding(hyper, batch)
         state1 = [s["state1"] for s in states]
         state2 = [s["state2"] for s in states] if self._states == 2 else []
         rates = (hyper.beta1, hyper.beta2, beta3, alpha, hyper.eps, hyper.weight_decay, step)
@@ -945,6 +937,16 @@ class _StateOptimizer(Optimizer8bit):
             for state in states:  # nothing has been changed
                 state["step"] = step - 1
             raise failure(error) from None
+
+    def _rounding(self, hyper: _Hyper, batch: _Batch) -> tuple[list[Tensor], list[int]]:
+        """Compensations and streams of parameters of one dtype, as the native ops take them."""
+        params = batch.params
+        if params[0].dtype is not torch.bfloat16 or hyper.rounding == "nearest":
+            return [], []
+        if hyper.rounding == "stochastic":
+            return [], batch.streams
+        pairs = zip(params, batch.states, strict=True)
+        return [self._compensation(p, state) for p, state in pairs], []
 
     def _owns_state_layout(self) -> bool:
         # Somebody else's step may keep states of other shapes (GaLore's are of the projection).
