@@ -16,6 +16,8 @@ pub(crate) type Handle = *mut c_void;
 pub(crate) type Status = i32;
 /// A kernel as the dispatcher calls it: stack, number of inputs, number of outputs.
 pub(crate) type Boxed = unsafe extern "C-unwind" fn(*mut Value, u64, u64);
+/// What [`torch_parallel_for`](Shim) calls with a range and its last argument (`ParallelFunc`).
+pub(crate) type ForRange = unsafe extern "C" fn(i64, i64, *mut c_void);
 /// `aoti_torch_check`, the one function of the shim that throws.
 type Check = unsafe extern "C-unwind" fn(bool, *const c_char, *const c_char, u32, *const c_char);
 
@@ -32,6 +34,8 @@ macro_rules! shim {
             $(pub(crate) $name: unsafe extern "C" fn($($arg),*) -> $ret,)*
             $(pub(crate) $opt: Option<unsafe extern "C" fn($($opt_arg),*) -> $opt_ret>,)*
             pub(crate) aoti_torch_check: Check,
+            /// Makes optionals before torch 2.13 (`::operator new(size_t)`).
+            pub(crate) operator_new: Option<unsafe extern "C" fn(usize) -> *mut c_void>,
             /// Frees optionals before torch 2.13 (`::operator delete(void*)`).
             pub(crate) operator_delete: Option<unsafe extern "C" fn(*mut c_void)>,
         }
@@ -48,6 +52,7 @@ macro_rules! shim {
                         $($name: symbol(library, stringify!($name))?,)*
                         $($opt: symbol(library, stringify!($opt)).ok(),)*
                         aoti_torch_check: symbol(library, "aoti_torch_check")?,
+                        operator_new: symbol(library, "_Znwm").ok(),
                         operator_delete: symbol(library, "_ZdlPv").ok(),
                     })
                 }
@@ -96,6 +101,8 @@ shim! {
     }
     optional {
         fn torch_get_num_threads(*mut u32) -> Status;
+        fn torch_parallel_for(i64, i64, i64, ForRange, *mut c_void) -> Status;
+        fn torch_new_stable_ivalue(*mut *mut Value) -> Status; // 2.13
         fn torch_delete_stable_ivalue(*mut Value) -> Status; // 2.13
         fn torch_exception_get_what_without_backtrace() -> *const c_char; // 2.13
     }
@@ -135,7 +142,9 @@ pub(crate) fn bind(version: &str, directory: &Path) -> Result<(), String> {
     })?;
     // The pointers above stay valid because the library is never closed.
     std::mem::forget(library);
-    let _ = SHIM.set(shim);
+    if SHIM.set(shim).is_ok() {
+        crate::threads::bind();
+    }
     Ok(())
 }
 
