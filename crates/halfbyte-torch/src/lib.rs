@@ -7,10 +7,13 @@
 //! - [`tensor`], [`stack`]: owning handles, checked memory, arguments and results;
 //! - [`error`]: how a failure becomes a Python exception;
 //! - [`overlap`]: whether tensors share memory;
-//! - [`ops`], [`optim`]: the ops;
+//! - [`threads`]: the ops on torch's own threads;
+//! - [`ops`], [`int8`], [`experts`], [`optim`]: the ops;
 //! - [`python`]: the few functions that `halfbyte._native` exports.
 
 mod error;
+mod experts;
+mod int8;
 mod ops;
 mod optim;
 mod overlap;
@@ -18,6 +21,7 @@ mod python;
 mod shim;
 mod stack;
 mod tensor;
+mod threads;
 
 /// The extension module: only an export list.
 #[pyo3::pymodule]

@@ -8,12 +8,11 @@
 #![allow(clippy::needless_pass_by_value)]
 
 use crate::error::{Error, Result};
-use crate::shim::shim;
 use crate::stack::{Ints, Str, group, ops};
 use crate::tensor::{Destination, Scalar, ScalarType, Source, Tensor, with_float};
+pub(crate) use crate::threads::use_torch_threads;
 use halfbyte::{BlockSize, Code4, Code8, NestedScales, NonFinite, Scales, Weight4};
 use std::borrow::Cow;
-use std::sync::atomic::{AtomicU32, Ordering};
 
 ops! {
     Quantize4bit = c"quantize_4bit" => quantize_4bit(
@@ -86,18 +85,6 @@ group! {
     GemmNested { absmax_8bit: Option<Tensor>, code: Option<Tensor>, offset: Option<Tensor> }
 }
 
-/// Lets the core use as many threads as torch does now.
-pub(crate) fn use_torch_threads() {
-    static CURRENT: AtomicU32 = AtomicU32::new(0);
-    let Some(get) = shim().torch_get_num_threads else { return };
-    let mut threads = 0;
-    // SAFETY: writes one u32.
-    let status = unsafe { get(&raw mut threads) };
-    if status == 0 && threads > 0 && CURRENT.swap(threads, Ordering::Relaxed) != threads {
-        halfbyte::threads::set_num_threads(threads as usize);
-    }
-}
-
 /// A block size as Python passes it.
 pub(crate) fn block_size(blocksize: i64) -> Result<BlockSize> {
     let parsed = usize::try_from(blocksize).ok().map(BlockSize::new);
@@ -119,7 +106,7 @@ fn code4(quant_type: &Str) -> Result<Code4> {
 }
 
 /// The number of elements of a shape, refusing negative sizes and overflow.
-fn elements(shape: &[i64]) -> Result<usize> {
+pub(crate) fn elements(shape: &[i64]) -> Result<usize> {
     shape
         .iter()
         .try_fold(1usize, |n, &size| n.checked_mul(usize::try_from(size).ok()?))
@@ -153,7 +140,7 @@ fn packed_elements(elements: usize, storage: ScalarType) -> Result<(usize, usize
     Ok((bytes, bytes.div_ceil(item)))
 }
 
-fn numbers(len: usize) -> i64 {
+pub(crate) fn numbers(len: usize) -> i64 {
     len as i64 // lengths come from tensors, whose sizes are i64
 }
 
@@ -270,11 +257,11 @@ fn nest(absmax: &Source<'_>, blocksize: BlockSize) -> Result<[Tensor; 3]> {
 }
 
 /// A weight with its state, checked and readable.
-struct Readable<'a> {
+pub(crate) struct Readable<'a> {
     packed: Source<'a>,
     absmax: Source<'a>,
-    table: [f32; 16],
-    blocksize: BlockSize,
+    pub(crate) table: [f32; 16],
+    pub(crate) blocksize: BlockSize,
     nested: Option<Nested<'a>>,
 }
 
@@ -356,7 +343,7 @@ fn read_weight<'a>(
 }
 
 impl Weight {
-    fn read<'a>(&'a self, state: &'a State) -> Result<Readable<'a>> {
+    pub(crate) fn read<'a>(&'a self, state: &'a State) -> Result<Readable<'a>> {
         read_weight(&self.packed, &self.absmax, self.blocksize, Some(&self.quant_type), state)
     }
 }
@@ -374,7 +361,7 @@ impl Readable<'_> {
     }
 
     /// The bytes of `n` codes, without the zeros that fill up the last storage element.
-    fn codes(&self, n: usize) -> Result<&[u8]> {
+    pub(crate) fn codes(&self, n: usize) -> Result<&[u8]> {
         const WIDEST_STORAGE: usize = 8;
         let (bytes, need) = (self.packed.bytes(), n.div_ceil(2));
         if bytes.len() < need || bytes.len() >= need + WIDEST_STORAGE {
@@ -386,7 +373,7 @@ impl Readable<'_> {
         Ok(&bytes[..need])
     }
 
-    fn scales(&self) -> Result<Scales<'_>> {
+    pub(crate) fn scales(&self) -> Result<Scales<'_>> {
         Ok(match &self.nested {
             None => Scales::Plain(self.absmax.slice()?),
             Some(nested) => Scales::Nested(NestedScales {
@@ -419,7 +406,7 @@ impl Readable<'_> {
     }
 }
 
-fn check_float(dtype: ScalarType) -> Result<ScalarType> {
+pub(crate) fn check_float(dtype: ScalarType) -> Result<ScalarType> {
     with_float!(dtype, "dtype", T => Ok(T::scalar_type()))
 }
 
@@ -458,7 +445,7 @@ fn expect_dtype(out: &Tensor, dtype: ScalarType) -> Result<()> {
     Err(Error::Type(format!("out must be {}, got {}", dtype.name(), got.name())))
 }
 
-fn expect_shape(out: &Tensor, shape: &[i64]) -> Result<()> {
+pub(crate) fn expect_shape(out: &Tensor, shape: &[i64]) -> Result<()> {
     if out.sizes()? == shape {
         return Ok(());
     }
@@ -610,7 +597,7 @@ enum Product {
 }
 
 /// The shape of the product: the leading dimensions of `a`, then the features.
-fn product_shape<R>(
+pub(crate) fn product_shape<R>(
     a: &Tensor,
     (inner, outer): (usize, usize),
     f: impl FnOnce(&[i64], usize) -> Result<R>,

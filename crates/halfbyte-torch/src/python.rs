@@ -1,6 +1,6 @@
 //! The functions that `halfbyte._native` exports. Described for Python in `_native.pyi`.
 
-use crate::{error, ops, optim, shim};
+use crate::{error, experts, int8, ops, optim, shim};
 use halfbyte::{Code4, code};
 use pyo3::exceptions::{PyImportError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
@@ -58,7 +58,7 @@ pub(crate) fn register(namespace: &str) -> PyResult<()> {
             &raw mut library,
         ))
         .map_err(runtime)?;
-        for (op, kernel) in ops::OPS.iter().chain(optim::OPS) {
+        for (op, kernel) in [ops::OPS, int8::OPS, experts::OPS, optim::OPS].into_iter().flatten() {
             shim::check((s.torch_library_impl)(library, op.as_ptr(), *kernel, shim::ABI_VERSION))
                 .map_err(runtime)?;
         }

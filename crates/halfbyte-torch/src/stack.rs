@@ -189,32 +189,79 @@ impl<T: Slot> Slot for Vec<T> {
 /// What an op returns.
 pub(crate) trait Outputs {
     const COUNT: u64;
+    /// # Errors
+    /// When there is no memory for an optional.
+    ///
     /// # Safety
     /// `stack` has room for `COUNT` slots.
-    unsafe fn push(self, stack: *mut Value);
+    unsafe fn push(self, stack: *mut Value) -> Result<()>;
 }
 
 impl Outputs for () {
     const COUNT: u64 = 0;
-    unsafe fn push(self, _: *mut Value) {}
+    unsafe fn push(self, _: *mut Value) -> Result<()> {
+        Ok(())
+    }
 }
 
 impl Outputs for Tensor {
     const COUNT: u64 = 1;
-    unsafe fn push(self, stack: *mut Value) {
+    unsafe fn push(self, stack: *mut Value) -> Result<()> {
         // SAFETY: by the caller's contract.
         unsafe { *stack = self.into_value() }
+        Ok(())
     }
 }
 
 impl<const N: usize> Outputs for [Tensor; N] {
     const COUNT: u64 = N as u64;
-    unsafe fn push(self, stack: *mut Value) {
+    unsafe fn push(self, stack: *mut Value) -> Result<()> {
         for (i, tensor) in self.into_iter().enumerate() {
             // SAFETY: by the caller's contract.
             unsafe { *stack.add(i) = tensor.into_value() }
         }
+        Ok(())
     }
+}
+
+/// Tensors, and one that may be missing.
+impl<const N: usize> Outputs for ([Tensor; N], Option<Tensor>) {
+    const COUNT: u64 = N as u64 + 1;
+    unsafe fn push(self, stack: *mut Value) -> Result<()> {
+        let (tensors, last) = self;
+        let slot = match last {
+            None => std::ptr::null_mut(),
+            Some(tensor) => {
+                let slot = new_optional()?;
+                // SAFETY: it was made just now, for one value.
+                unsafe { *slot = tensor.into_value() };
+                slot
+            }
+        };
+        // SAFETY: by the caller's contract.
+        unsafe {
+            *stack.add(N) = slot as usize as Value;
+            tensors.push(stack)
+        }
+    }
+}
+
+/// The heap slot of an optional that is there, which the dispatcher frees.
+fn new_optional() -> Result<*mut Value> {
+    let s = shim();
+    let mut slot = std::ptr::null_mut::<Value>();
+    // SAFETY: the first writes one pointer; the second takes a size.
+    unsafe {
+        match (s.torch_new_stable_ivalue, s.operator_new) {
+            (Some(new), _) => check(new(&raw mut slot))?,
+            (None, Some(new)) => slot = new(size_of::<Value>()).cast(),
+            (None, None) => {}
+        }
+    }
+    if slot.is_null() {
+        return Err(Error::Torch("an optional result needs torch 2.13 on this platform".into()));
+    }
+    Ok(slot)
 }
 
 /// The arguments still on the stack, popped front to back.
@@ -288,8 +335,7 @@ unsafe fn run<O: Op + ?Sized>(stack: *mut Value, inputs: u64, outputs: u64) -> b
         // SAFETY: the counts match, and the schema is the one this kernel is written for.
         let outputs = unsafe { O::call(inputs) }?;
         // SAFETY: the stack has room for the schema's outputs.
-        unsafe { outputs.push(stack) };
-        Ok(())
+        unsafe { outputs.push(stack) }
     }));
     let error = match result {
         Ok(Ok(())) => return true,
@@ -334,8 +380,8 @@ pub(crate) use ops;
 macro_rules! group {
     ($(#[$doc:meta])* $name:ident { $($field:ident: $t:ty),* $(,)? }) => {
         $(#[$doc])*
-        struct $name {
-            $($field: $t,)*
+        pub(crate) struct $name {
+            $(pub(crate) $field: $t,)*
         }
 
         impl $crate::stack::Argument for $name {

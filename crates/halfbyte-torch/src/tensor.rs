@@ -77,7 +77,7 @@ macro_rules! scalar {
         }
     })* };
 }
-scalar!(f32 => 0, u8 => 1, bf16 => 2, f16 => 3);
+scalar!(f32 => 0, u8 => 1, bf16 => 2, f16 => 3, i8 => 5, i32 => 7, i64 => 8);
 
 /// Runs `$body` with `$t` bound to the Rust type of a float32, float16 or bfloat16 `$dtype`.
 macro_rules! with_float {

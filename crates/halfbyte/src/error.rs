@@ -54,6 +54,39 @@ pub enum Error {
         /// Unit of both lengths, for example `bytes` or `float32 values`.
         unit: &'static str,
     },
+    /// Rows of int8 so long that an int32 sum of their products could overflow.
+    #[error(
+        "an 8-bit product takes rows of at most {} elements (its int32 sums cannot overflow), \
+         got {got}",
+        crate::INT8_MAX_DEPTH
+    )]
+    Depth {
+        /// The length of the rows.
+        got: usize,
+    },
+    /// A column that the matrix does not have.
+    #[error("outlier columns must be below {columns}, got {got}")]
+    Column {
+        /// The column.
+        got: usize,
+        /// Number of columns.
+        columns: usize,
+    },
+    /// A number that names no expert.
+    #[error(
+        "expert_ids must lie in 0..={experts} ({experts} means no expert), got {got} for token \
+         {token}, slot {slot}"
+    )]
+    Expert {
+        /// The number.
+        got: i64,
+        /// Number of experts.
+        experts: usize,
+        /// Index of the token.
+        token: usize,
+        /// Index among the token's experts.
+        slot: usize,
+    },
     /// A code (look-up table) that is not strictly ascending or holds NaN or infinity.
     #[error(
         "code must hold finite values in ascending order, but entry {index} is {value} after {previous}"

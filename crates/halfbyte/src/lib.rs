@@ -44,8 +44,13 @@ pub use error::{Error, Result};
 pub use half::{bf16, f16};
 pub use isa::Isa;
 pub use ops::{
-    NestedScales, NonFinite, Scales, Weight4, dequantize_4bit, dequantize_blockwise, matmul_4bit,
-    matmul_4bit_grad_input, quantize_4bit, quantize_absmax, quantize_blockwise,
+    Experts4, Experts8, INT8_MAX_DEPTH, NestedScales, NonFinite, Routing, Scales, TokenRows,
+    Weight4, Weight8, dequantize_4bit, dequantize_blockwise, experts_matmul_4bit,
+    experts_matmul_4bit_grad_input, experts_matmul_8bit, experts_matmul_8bit_grad_input,
+    int8_double_quant, int8_linear, int8_linear_grad_input, int8_linear_matmul,
+    int8_mixed_scaled_mm, int8_mm_dequant, int8_scaled_mm, int8_vectorwise_dequant,
+    int8_vectorwise_quant, matmul_4bit, matmul_4bit_grad_input, quantize_4bit, quantize_absmax,
+    quantize_blockwise,
 };
 pub use params::Params4bit;
 pub use state::{NestedMeta, OwnedScales, QuantMeta, QuantState, QuantStorage};

@@ -4,9 +4,13 @@
 use crate::blocks::{BlockSize, Blocks};
 use crate::error::{Error, Result, check_len};
 
+mod ahead;
 mod dequantize_4bit;
 mod dequantize_blockwise;
 mod double_quant;
+mod experts;
+mod gemm;
+mod int8;
 mod matmul_4bit;
 pub(crate) mod normalize;
 mod quantize_4bit;
@@ -15,6 +19,15 @@ mod quantize_blockwise;
 pub use dequantize_4bit::dequantize_4bit;
 pub use dequantize_blockwise::dequantize_blockwise;
 pub use double_quant::quantize_absmax;
+pub use experts::{
+    Experts4, Experts8, Routing, TokenRows, experts_matmul_4bit, experts_matmul_4bit_grad_input,
+    experts_matmul_8bit_grad_input,
+};
+pub use int8::{
+    INT8_MAX_DEPTH, Weight8, experts_matmul_8bit, int8_double_quant, int8_linear,
+    int8_linear_grad_input, int8_linear_matmul, int8_mixed_scaled_mm, int8_mm_dequant,
+    int8_scaled_mm, int8_vectorwise_dequant, int8_vectorwise_quant,
+};
 pub use matmul_4bit::{Weight4, matmul_4bit, matmul_4bit_grad_input};
 pub use quantize_4bit::quantize_4bit;
 pub use quantize_blockwise::quantize_blockwise;

@@ -1,7 +1,7 @@
 //! `matmul_4bit`: activations times a 4-bit weight, and the gradient of the activations. The
 //! dequantized weight is never stored.
 
-mod few_rows;
+pub(super) mod few_rows;
 mod many_rows;
 mod scalar;
 #[cfg(test)]
@@ -18,6 +18,8 @@ use crate::ops::Scales;
 pub struct Weight4<'a> {
     packed: &'a [u8],
     scales: Scales<'a>,
+    /// Where in `scales` the first block's is.
+    first_scale: usize,
     table: &'a [f32; 16],
     blocks: Blocks,
     out_features: usize,
@@ -41,7 +43,21 @@ impl<'a> Weight4<'a> {
         let blocks = blocksize.over(out_features.saturating_mul(in_features));
         check_len("packed", blocks.packed_len(), packed.len(), "bytes")?;
         scales.check(blocks)?;
-        Ok(Self { packed, scales, table, blocks, out_features, in_features })
+        Ok(Self { packed, scales, first_scale: 0, table, blocks, out_features, in_features })
+    }
+
+    /// A weight whose scales start at number `first_scale` of a longer list. Lengths have been
+    /// checked; `packed` may be longer.
+    pub(super) const fn slice(
+        packed: &'a [u8],
+        scales: Scales<'a>,
+        first_scale: usize,
+        table: &'a [f32; 16],
+        blocksize: BlockSize,
+        [out_features, in_features]: [usize; 2],
+    ) -> Self {
+        let blocks = blocksize.over(out_features * in_features);
+        Self { packed, scales, first_scale, table, blocks, out_features, in_features }
     }
 
     /// Rows of the weight.
@@ -107,7 +123,7 @@ pub fn matmul_4bit_grad_input<T: Element>(
     Ok(())
 }
 
-fn run<T: Element>(
+pub(super) fn run<T: Element>(
     isa: Isa,
     input: &[T],
     rows: usize,
@@ -122,7 +138,7 @@ fn run<T: Element>(
     }
 }
 
-fn run_grad<T: Element>(
+pub(super) fn run_grad<T: Element>(
     isa: Isa,
     grad_output: &[T],
     rows: usize,

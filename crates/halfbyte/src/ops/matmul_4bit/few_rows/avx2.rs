@@ -167,9 +167,9 @@ impl Kernel for Avx2 {
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn pack<T: Element>(input: &[T], layout: Layout, to: &mut [Line]) {
+    unsafe fn pack<T: Element>(rows: &[&[T]], layout: Layout, to: &mut [Line]) {
         // SAFETY: the caller's promises.
-        unsafe { pack::<T, Self>(input, layout, to) }
+        unsafe { pack::<T, Self>(rows, layout, to) }
     }
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn block(product: &Product<'_>, features: Range<usize>, sums: &mut Sums) {

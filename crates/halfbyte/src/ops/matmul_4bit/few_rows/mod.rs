@@ -45,10 +45,11 @@ mod neon;
 #[cfg(test)]
 mod tests;
 
-use super::{Weight4, scalar};
+use super::Weight4;
 use crate::Element;
 use crate::blocks::BlockSize;
 use crate::isa::Isa;
+use crate::ops::gemm::{self, All, Part, Rows, Work, scalar};
 use crate::ops::{NestedScales, Scales};
 use crate::threads::{self, Chunks, Shared};
 use std::cell::Cell;
@@ -56,7 +57,7 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 /// The most rows for which this way beats the general product.
-pub(super) const MAX_ROWS: usize = 16;
+pub(in crate::ops) const MAX_ROWS: usize = 16;
 
 /// Codes per unit: a unit is 4 packed bytes, and has one scale.
 const UNIT: usize = 8;
@@ -87,14 +88,32 @@ pub(super) fn forward<T: Element>(
     bias: Option<&[T]>,
     out: &mut [T],
 ) {
+    let part = Part { weight: *weight, rows: All(rows), bias };
+    forward_parts(isa, input, &[part], &Shared::new(out), Work::NONE);
+}
+
+/// As [`forward`] for the rows of each part, which have different outputs, and `beside` runs with
+/// them. A part's bytes are those of a call of its own.
+pub(in crate::ops) fn forward_parts<T: Element, R: Rows>(
+    isa: Isa,
+    input: &[T],
+    parts: &[Part<'_, T, Weight4<'_>, R>],
+    out: &Shared<'_, T>,
+    beside: Work<'_>,
+) {
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => spread::<T, avx512::Avx512>(input, rows, weight, bias, out),
+        Isa::Avx512 => spread::<T, avx512::Avx512, R>(input, parts, out, beside),
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => spread::<T, avx2::Avx2>(input, rows, weight, bias, out),
+        Isa::Avx2 => spread::<T, avx2::Avx2, R>(input, parts, out, beside),
         #[cfg(target_arch = "aarch64")]
-        Isa::Neon => spread::<T, neon::Neon>(input, rows, weight, bias, out),
-        _ => scalar::forward(input, rows, weight, bias, out),
+        Isa::Neon => spread::<T, neon::Neon, R>(input, parts, out, beside),
+        _ => {
+            for part in parts {
+                scalar::forward(input, part, out);
+            }
+            gemm::spread(beside);
+        }
     }
 }
 
@@ -161,7 +180,7 @@ trait Kernel: Sized {
     unsafe fn splat8(to: *mut f32, scale: f32);
 
     /// [`pack`] with the instruction set enabled.
-    unsafe fn pack<T: Element>(input: &[T], layout: Layout, to: &mut [Line]);
+    unsafe fn pack<T: Element>(rows: &[&[T]], layout: Layout, to: &mut [Line]);
     /// [`Product::block`] with the instruction set enabled.
     unsafe fn block(product: &Product<'_>, features: Range<usize>, sums: &mut Sums);
     /// [`finish`] with the instruction set enabled.
@@ -214,64 +233,126 @@ thread_local! {
     static SCRATCH: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
 }
 
-fn spread<T: Element, K: Kernel>(
+/// Some rows of a part, which pass over its weight together.
+struct Pass<'a, 'b, T, R> {
+    part: &'b Part<'a, T, Weight4<'a>, R>,
+    /// Number of the first row in the part.
+    first: usize,
+    layout: Layout,
+    /// Where the reordered activations start, in lines.
+    x: usize,
+    tasks: Chunks,
+    /// Tasks of the passes before.
+    before: usize,
+}
+
+/// Passes that run together: as many as the scratch takes, at least one.
+struct Wave<'a, 'b, T, R> {
+    passes: Vec<Pass<'a, 'b, T, R>>,
+    lines: usize,
+    tasks: usize,
+}
+
+fn spread<T: Element, K: Kernel, R: Rows>(
     input: &[T],
-    rows: usize,
-    weight: &Weight4<'_>,
-    bias: Option<&[T]>,
-    out: &mut [T],
+    parts: &[Part<'_, T, Weight4<'_>, R>],
+    out: &Shared<'_, T>,
+    mut beside: Work<'_>,
 ) {
-    let (n, k) = (weight.out_features, weight.in_features);
-    if rows == 0 || n == 0 {
-        return;
-    }
-    let per_pass = (PASS_FLOATS / k.next_multiple_of(K::GROUP).max(1)).clamp(1, MAX_ROWS);
     let mut scratch = SCRATCH.take();
-    for first in (0..rows).step_by(per_pass) {
-        let rows = per_pass.min(rows - first);
-        let layout = Layout::new::<K>(rows, k);
-        let lines = (rows * layout.padded()).div_ceil(16);
-        if scratch.len() < lines {
-            scratch.resize(lines, Line([0.0; 16]));
-        }
-        // SAFETY: `K` is available: `forward` is given an instruction set that this machine has.
-        unsafe { K::pack(&input[first * k..(first + rows) * k], layout, &mut scratch) };
-        let product = Product { weight, layout, x: scratch.as_ptr().cast() };
-        let out = Shared::new(&mut out[first * n..(first + rows) * n]);
-        let tasks = Chunks::new(n, TASK_WORK / (rows * k).max(1), BLOCK);
-        threads::run(tasks.count(), |i| {
-            let mut sums = Sums([[0.0; BLOCK]; MAX_ROWS]);
-            let features = tasks.range(i);
-            for start in features.clone().step_by(BLOCK) {
-                let block = start..(start + BLOCK).min(features.end);
-                // SAFETY: `K` is available; the scratch is as `pack` left it.
-                unsafe { K::block(&product, block.clone(), &mut sums) };
-                for (row, sums) in sums.0.iter().take(rows).enumerate() {
-                    let bias = bias.map(|b| &b[block.clone()]);
-                    // SAFETY: blocks do not overlap, nor do rows; `K` is available.
-                    unsafe {
-                        let out = out.part(row * n + block.start..row * n + block.end);
-                        K::finish(&sums[..block.len()], bias, out);
-                    }
-                }
+    let mut wave = Wave { passes: Vec::new(), lines: 0, tasks: 0 };
+    for part in parts {
+        let (n, k) = (part.weight.out_features, part.weight.in_features);
+        let per_pass = (PASS_FLOATS / k.next_multiple_of(K::GROUP).max(1)).clamp(1, MAX_ROWS);
+        for first in (0..part.rows.len()).step_by(per_pass) {
+            let rows = per_pass.min(part.rows.len() - first);
+            let layout = Layout::new::<K>(rows, k);
+            let lines = (rows * layout.padded()).div_ceil(16);
+            if (wave.lines + lines) * 16 > PASS_FLOATS && !wave.passes.is_empty() {
+                wave.run::<K>(input, &mut scratch, out, beside);
+                wave = Wave { passes: Vec::new(), lines: 0, tasks: 0 };
+                beside = Work::NONE;
             }
-        });
+            let tasks = Chunks::new(n, TASK_WORK / (rows * k).max(1), BLOCK);
+            let (x, before) = (wave.lines, wave.tasks);
+            wave.passes.push(Pass { part, first, layout, x, tasks, before });
+            wave.lines += lines;
+            wave.tasks += tasks.count();
+        }
     }
+    wave.run::<K>(input, &mut scratch, out, beside);
     if scratch.len() * 16 <= PASS_FLOATS {
         SCRATCH.set(scratch);
+    }
+}
+
+impl<T: Element, R: Rows> Wave<'_, '_, T, R> {
+    fn run<K: Kernel>(
+        &self,
+        input: &[T],
+        scratch: &mut Vec<Line>,
+        out: &Shared<'_, T>,
+        beside: Work<'_>,
+    ) {
+        if scratch.len() < self.lines {
+            scratch.resize(self.lines, Line([0.0; 16]));
+        }
+        for Pass { part, first, layout, x, .. } in &self.passes {
+            let mut rows: [&[T]; MAX_ROWS] = [&[]; MAX_ROWS];
+            let rows = &mut rows[..layout.rows];
+            for (m, row) in rows.iter_mut().enumerate() {
+                *row = &input[part.rows.input(first + m) * layout.in_features..];
+                *row = &row[..layout.in_features];
+            }
+            // SAFETY: `K` is available: `forward` is given an instruction set that this machine
+            // has.
+            unsafe { K::pack(rows, *layout, &mut scratch[*x..]) };
+        }
+        let scratch: &[Line] = scratch;
+        threads::run(beside.tasks + self.tasks, |i| {
+            let Some(i) = i.checked_sub(beside.tasks) else { return (beside.run)(i) };
+            let pass = &self.passes[self.passes.partition_point(|p| p.before <= i) - 1];
+            // SAFETY: `K` is available; the scratch is as `pack` left it.
+            unsafe { pass.task::<K>(i - pass.before, &scratch[pass.x..], out) };
+        });
+    }
+}
+
+impl<T: Element, R: Rows> Pass<'_, '_, T, R> {
+    /// # Safety
+    /// As for [`Kernel`]; `x` is as [`pack`] left it.
+    unsafe fn task<K: Kernel>(&self, i: usize, x: &[Line], out: &Shared<'_, T>) {
+        let Self { part: Part { weight, rows, bias }, first, layout, .. } = self;
+        let product = Product { weight, layout: *layout, x: x.as_ptr().cast() };
+        let mut sums = Sums([[0.0; BLOCK]; MAX_ROWS]);
+        let features = self.tasks.range(i);
+        for start in features.clone().step_by(BLOCK) {
+            let block = start..(start + BLOCK).min(features.end);
+            // SAFETY: the caller's promises.
+            unsafe { K::block(&product, block.clone(), &mut sums) };
+            for (m, sums) in sums.0.iter().take(layout.rows).enumerate() {
+                let bias = bias.map(|b| &b[block.clone()]);
+                let row = rows.output(first + m) * weight.out_features;
+                // SAFETY: blocks do not overlap, nor do rows; `K` is available.
+                unsafe {
+                    let out = out.part(row + block.start..row + block.end);
+                    K::finish(&sums[..block.len()], bias, out);
+                }
+            }
+        }
     }
 }
 
 /// Reorders the activations.
 ///
 /// # Safety
-/// As for [`Kernel`]; `to` holds `layout.rows * layout.padded()` floats.
+/// As for [`Kernel`]; there are `layout.rows` rows of `layout.in_features`, and `to` holds
+/// `layout.rows * layout.padded()` floats.
 #[inline(always)]
-unsafe fn pack<T: Element, K: Kernel>(input: &[T], layout: Layout, to: &mut [Line]) {
-    let k = layout.in_features;
+unsafe fn pack<T: Element, K: Kernel>(rows: &[&[T]], layout: Layout, to: &mut [Line]) {
     let to: *mut f32 = to.as_mut_ptr().cast();
     let mut codes = Line2([0.0; 128]);
-    for (row, x) in input.chunks_exact(k.max(1)).enumerate() {
+    for (row, x) in rows.iter().enumerate() {
         let first = row - row % layout.batch;
         let stride = layout.batch_rows(first) * K::LANES;
         for (g, x) in x.chunks(K::GROUP).enumerate() {
@@ -305,16 +386,13 @@ struct Line2([f32; 128]);
 #[repr(align(64))]
 struct Sums([[f32; BLOCK]; MAX_ROWS]);
 
-/// One pass over the weight, shared by all threads.
+/// One pass over the weight.
 struct Product<'a> {
     weight: &'a Weight4<'a>,
     layout: Layout,
     /// The reordered activations.
     x: *const f32,
 }
-
-// SAFETY: `x` is only read while tasks run; every other field is `Sync`.
-unsafe impl Sync for Product<'_> {}
 
 /// A buffer on the stack, aligned to cache lines, written before it is read.
 #[repr(align(64))]
@@ -466,7 +544,7 @@ impl Product<'_> {
                 }
                 Way::Tabulated(nested) => {
                     let stride = k / 64;
-                    let first = first / 64;
+                    let first = self.weight.first_scale + first / 64;
                     let indices = &nested.absmax[first..][..(R - 1) * stride + codes.len() / 64];
                     let tables = scales.tabulate(nested, first..first + indices.len());
                     let indices = indices.as_ptr();
@@ -509,7 +587,7 @@ impl Product<'_> {
             let table = K::table(self.weight.table);
             let packed = self.weight.packed.as_ptr().add((o * k + codes.start) / 2);
             let x = self.x.add(self.layout.at(0, codes.start / K::GROUP));
-            let rows = Rows::<K, S> { table, packed, row_bytes: k / 2, x, scales };
+            let rows = WeightRows::<K, S> { table, packed, row_bytes: k / 2, x, scales };
             // Groups with 3 bytes after them, in the last of the rows.
             let readable = self.weight.packed.len() - ((o + R - 1) * k + codes.start) / 2;
             let inner = whole.min(readable.saturating_sub(3) / (K::GROUP / 2));
@@ -530,7 +608,7 @@ impl Product<'_> {
                         *unit = rows.scales.unit(r, whole * K::LANES + i);
                     }
                 }
-                let rows = Rows::<K, Units> {
+                let rows = WeightRows::<K, Units> {
                     table,
                     packed: bytes.as_ptr().cast(),
                     row_bytes: 64,
@@ -727,7 +805,7 @@ impl Product<'_> {
         for border in (start.next_multiple_of(block)..start + len).step_by(block) {
             let first = border - start;
             let mut scale = [0.0];
-            weight.scales.decode(border / block, &mut scale);
+            weight.scales.decode(weight.first_scale + border / block, &mut scale);
             for code in first..first.next_multiple_of(UNIT).min(len) {
                 let byte = bytes[code / 2];
                 let q = if code.is_multiple_of(2) { byte >> 4 } else { byte & 0x0F };
@@ -837,7 +915,7 @@ impl Scaling for Halves {
 #[derive(Clone, Copy)]
 struct Tabulated {
     indices: *const u8,
-    /// The number of the first index in the weight.
+    /// The number of the first index among all scales.
     first: usize,
     stride: usize,
     /// `TABLES` times 256 values.
@@ -865,7 +943,7 @@ impl Scaling for Tabulated {
 }
 
 /// What the direct way reads.
-struct Rows<K: Kernel, S> {
+struct WeightRows<K: Kernel, S> {
     table: K::Table,
     /// Rows `row_bytes` apart.
     packed: *const u8,
@@ -874,7 +952,7 @@ struct Rows<K: Kernel, S> {
     scales: S,
 }
 
-impl<K: Kernel, S: Scaling> Rows<K, S> {
+impl<K: Kernel, S: Scaling> WeightRows<K, S> {
     /// Adds group `g` of `R` weight rows times `M` activation rows to `acc`.
     ///
     /// # Safety
@@ -1040,6 +1118,8 @@ enum Way<'a> {
 /// Reads the scales of the blocks that a task comes to; ascending, where they are tabulated.
 struct ScaleReader<'a> {
     scales: Scales<'a>,
+    /// Where in `scales` the weight's first block's is.
+    first: usize,
     way: Way<'a>,
     block: usize,
     /// The second-level blocks before this one have had their tables.
@@ -1054,7 +1134,7 @@ impl<'a> ScaleReader<'a> {
         let k = weight.in_features;
         let way = match weight.scales {
             _ if block != 64 || !k.is_multiple_of(64) => Way::Units,
-            Scales::Plain(absmax) => Way::Halves(absmax),
+            Scales::Plain(absmax) => Way::Halves(&absmax[weight.first_scale..]),
             // Two rows' scales lie in no more second-level blocks than there are tables.
             Scales::Nested(nested)
                 if nested.blocksize == BlockSize::B256 && 2 * k <= (TABLES - 1) * 256 * 64 =>
@@ -1064,7 +1144,8 @@ impl<'a> ScaleReader<'a> {
             Scales::Nested(_) => Way::Units,
         };
         let tables = [0.0; TABLES * 256];
-        Self { scales: weight.scales, way, block, tabulated: 0, tables }
+        let (scales, first) = (weight.scales, weight.first_scale);
+        Self { scales, first, way, block, tabulated: 0, tables }
     }
 
     /// Starts over from the first scale.
@@ -1073,7 +1154,7 @@ impl<'a> ScaleReader<'a> {
         self.tabulated = 0;
     }
 
-    /// Makes sure of the tables for the scales `range`, which spans at most `TABLES` second-level
+    /// Makes sure of the tables for the scales `range` of all, which spans at most `TABLES` second-level
     /// blocks.
     #[inline(always)]
     fn tabulate(&mut self, nested: NestedScales<'_>, range: Range<usize>) -> *const f32 {
@@ -1089,9 +1170,10 @@ impl<'a> ScaleReader<'a> {
         self.tables.as_ptr()
     }
 
-    /// Scales `start..start + out.len()`.
+    /// The weight's scales `start..start + out.len()`.
     #[inline(always)]
     fn decode(&self, start: usize, out: &mut [f32]) {
+        let start = self.first + start;
         match self.scales {
             Scales::Plain(absmax) => out.copy_from_slice(&absmax[start..start + out.len()]),
             Scales::Nested(nested) => {

@@ -143,9 +143,9 @@ impl Kernel for Neon {
         }
     }
 
-    unsafe fn pack<T: Element>(input: &[T], layout: Layout, to: &mut [Line]) {
+    unsafe fn pack<T: Element>(rows: &[&[T]], layout: Layout, to: &mut [Line]) {
         // SAFETY: the caller's promises.
-        unsafe { pack::<T, Self>(input, layout, to) }
+        unsafe { pack::<T, Self>(rows, layout, to) }
     }
     unsafe fn block(product: &Product<'_>, features: Range<usize>, sums: &mut Sums) {
         // SAFETY: the caller's promises.

@@ -1,7 +1,8 @@
 //! Every instruction set against the float64 product, within the bound that the module states.
 
-use super::{DEPTH, forward, grad_input};
+use super::{forward, grad_input};
 use crate::isa::{self, Isa};
+use crate::ops::gemm::DEPTH;
 use crate::ops::{NestedScales, Scales, Weight4};
 use crate::{BlockSize, Code4, Code8, DType, Element};
 use half::{bf16, f16};

@@ -33,7 +33,7 @@ impl Micro for Avx512 {
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-    unsafe fn decode(run: &Run<'_>, out: &mut [Line], stride: usize) {
+    unsafe fn decode4(run: &Run<'_>, out: &mut [Line], stride: usize) {
         let table = load(&Line(*run.table));
         // Eight bytes are two words. Lane `i` takes nibble `i % 8` of word `i / 8`, high nibble of
         // each byte first; the permutation looks at the lowest four bits of a lane only.
@@ -65,6 +65,29 @@ impl Micro for Avx512 {
             let scale = _mm512_mask_mov_ps(_mm512_set1_ps(a), second, _mm512_set1_ps(b));
             store(&mut out[at], _mm512_maskz_mul_ps(lanes_below(group.len), code, scale));
             at += stride;
+        }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+    unsafe fn decode8(codes: &[i8], factors: [f32; 2], out: &mut [Line], stride: usize) {
+        let factors = factors.map(|f| _mm512_set1_ps(f));
+        let wide = |codes: &[i8; LANES]| {
+            // SAFETY: the array is 16 bytes.
+            let codes = unsafe { _mm_loadu_si128(codes.as_ptr().cast()) };
+            let codes = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
+            _mm512_mul_ps(_mm512_mul_ps(codes, factors[0]), factors[1])
+        };
+        let (full, rest) = codes.as_chunks::<LANES>();
+        let mut at = 0;
+        for codes in full {
+            store(&mut out[at], wide(codes));
+            at += stride;
+        }
+        if !rest.is_empty() {
+            let mut end = [0; LANES];
+            end[..rest.len()].copy_from_slice(rest);
+            store(&mut out[at], wide(&end));
+            out[at].0[rest.len()..].fill(0.0); // the factors may be infinite
         }
     }
 

@@ -46,7 +46,7 @@ impl Micro for Neon {
         }
     }
 
-    unsafe fn decode(run: &Run<'_>, out: &mut [Line], stride: usize) {
+    unsafe fn decode4(run: &Run<'_>, out: &mut [Line], stride: usize) {
         let table = Table::new(run.table);
         let mut at = 0;
         for (lines, scale) in run.aligned() {
@@ -63,6 +63,35 @@ impl Micro for Neon {
             store(&mut out[at], table.look_up(group.codes.to_be_bytes(), load(&scale)));
             out[at].0[group.len..].fill(0.0);
             at += stride;
+        }
+    }
+
+    unsafe fn decode8(codes: &[i8], factors: [f32; 2], out: &mut [Line], stride: usize) {
+        let wide = |codes: &[i8; LANES]| {
+            // SAFETY: NEON is part of the base architecture; the array is 16 bytes.
+            unsafe {
+                let codes = vld1q_s8(codes.as_ptr());
+                let (a, b) = (vmovl_s8(vget_low_s8(codes)), vmovl_high_s8(codes));
+                [
+                    vmovl_s16(vget_low_s16(a)),
+                    vmovl_high_s16(a),
+                    vmovl_s16(vget_low_s16(b)),
+                    vmovl_high_s16(b),
+                ]
+                .map(|q| vmulq_n_f32(vmulq_n_f32(vcvtq_f32_s32(q), factors[0]), factors[1]))
+            }
+        };
+        let (full, rest) = codes.as_chunks::<LANES>();
+        let mut at = 0;
+        for codes in full {
+            store(&mut out[at], wide(codes));
+            at += stride;
+        }
+        if !rest.is_empty() {
+            let mut end = [0; LANES];
+            end[..rest.len()].copy_from_slice(rest);
+            store(&mut out[at], wide(&end));
+            out[at].0[rest.len()..].fill(0.0); // the factors may be infinite
         }
     }
 

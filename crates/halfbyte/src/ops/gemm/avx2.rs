@@ -46,7 +46,7 @@ impl Micro for Avx2 {
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn decode(run: &Run<'_>, out: &mut [Line], stride: usize) {
+    unsafe fn decode4(run: &Run<'_>, out: &mut [Line], stride: usize) {
         let table = load(&Line(*run.table));
         // Four bytes are a word. Lane `i` takes nibble `i`, high nibble of each byte first.
         let nibble = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
@@ -77,6 +77,32 @@ impl Micro for Avx2 {
             };
             store(&mut out[at], [half(group.codes >> 32, 0), half(group.codes, 8)]);
             at += stride;
+        }
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn decode8(codes: &[i8], factors: [f32; 2], out: &mut [Line], stride: usize) {
+        let factors = factors.map(|f| _mm256_set1_ps(f));
+        let half = |codes: __m128i| {
+            let codes = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes));
+            _mm256_mul_ps(_mm256_mul_ps(codes, factors[0]), factors[1])
+        };
+        let wide = |codes: &[i8; LANES]| {
+            // SAFETY: the array is 16 bytes.
+            let codes = unsafe { _mm_loadu_si128(codes.as_ptr().cast()) };
+            [half(codes), half(_mm_srli_si128::<8>(codes))]
+        };
+        let (full, rest) = codes.as_chunks::<LANES>();
+        let mut at = 0;
+        for codes in full {
+            store(&mut out[at], wide(codes));
+            at += stride;
+        }
+        if !rest.is_empty() {
+            let mut end = [0; LANES];
+            end[..rest.len()].copy_from_slice(rest);
+            store(&mut out[at], wide(&end));
+            out[at].0[rest.len()..].fill(0.0); // the factors may be infinite
         }
     }
 
