@@ -16,8 +16,12 @@ BLOCK = 64
 THREADS = 2
 PAIRS = 7
 
+EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 8, 2, 2048, 3584
+EXPERT_WEIGHT = 3 * HIDDEN * INTERMEDIATE  # gate, up and down
+
 Kind = Literal["op", "import", "size"]
-Limit = Literal["read", "fresh", "update", "gemm"]
+Limit = Literal["read", "fresh", "update", "gemm", "int8"]
+Beside = Literal["torch", "loop"]
 
 
 @dataclass(frozen=True)
@@ -27,9 +31,12 @@ class Bound:
     limit: Limit
     amount: float
     """Bytes for ``read`` (resident memory), ``fresh`` (newly allocated) and ``update`` (read and
-    written in place, both counted), else operations."""
+    written in place, both counted), else operations: of fp32 for ``gemm``, of integers for
+    ``int8``."""
 
     note: str
+    then: Bound | None = None
+    """Work that comes after it, with a limit of its own."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +53,17 @@ class Row:
     target: float | None = None
     """The target in ``unit`` where that is not milliseconds."""
 
-    beside_torch: bool = False
-    """Whether PyTorch's own fused AdamW takes its turn too."""
+    beside: Beside | None = None
+    """Who else takes a turn: PyTorch's own fused AdamW, or our package without the grouping."""
+
+    ratio: float | None = None
+    """The target where it is a quotient and no time was written down."""
 
     @property
     def ratio_target(self) -> float | None:
         """The largest quotient of ours by the peer's that meets the target."""
         if self.target_ms is None or self.peer_ms is None:
-            return None
+            return self.ratio
         return self.target_ms / self.peer_ms
 
 
@@ -77,6 +87,18 @@ def _update(bytes_per_parameter: int, parameters: int) -> Bound:
 def _fma(rows: int, products: int = 1) -> Bound:
     """Bound by multiply-adds."""
     operations = 2.0 * rows * WEIGHT * products
+    return Bound("gemm", operations, f"{operations / 1e9:.1f} GFLOP")
+
+
+def _int8(rows: int, then: Bound | None = None) -> Bound:
+    """Bound by products of int8."""
+    operations = 2.0 * rows * WEIGHT
+    return Bound("int8", operations, f"{operations / 1e9:.1f} GOP of int8", then)
+
+
+def _experts(tokens: int, products: int = 1) -> Bound:
+    """Bound by the multiply-adds of the routed rows."""
+    operations = 2.0 * tokens * TOP_K * EXPERT_WEIGHT * products
     return Bound("gemm", operations, f"{operations / 1e9:.1f} GFLOP")
 
 
@@ -129,6 +151,88 @@ ROWS: tuple[Row, ...] = (
         107.0,
         _fma(256, 2),
     ),
+    Row(
+        "linear8bitlt_1",
+        "Linear8bitLt bf16, threshold 6, 4 outlier columns, 1 row",
+        0.48,
+        0.60,
+        _read(WEIGHT / 1e6, "the codes"),
+    ),
+    Row(
+        "linear8bitlt_128",
+        "Linear8bitLt bf16, threshold 6, 4 outlier columns, 128 rows",
+        3.8,
+        6.4,
+        _int8(128),
+    ),
+    Row(
+        "linear8bitlt_512",
+        "Linear8bitLt bf16, threshold 6, 4 outlier columns, 512 rows",
+        14.0,
+        21.5,
+        _int8(512),
+    ),
+    Row(
+        "linear8bitlt_1_plain",
+        "Linear8bitLt bf16, threshold 6, no outliers, 1 row",
+        0.48,
+        0.60,
+        _read(WEIGHT / 1e6, "the codes"),
+    ),
+    Row(
+        "linear8bitlt_128_plain",
+        "Linear8bitLt bf16, threshold 6, no outliers, 128 rows",
+        3.8,
+        6.4,
+        _int8(128),
+    ),
+    Row(
+        "linear8bitlt_512_plain",
+        "Linear8bitLt bf16, threshold 6, no outliers, 512 rows",
+        14.0,
+        21.5,
+        _int8(512),
+    ),
+    Row(
+        "linear8bitlt_train_256",
+        "Linear8bitLt bf16 forward + backward, 4 outlier columns, 256 rows",
+        bound=_int8(256, _fma(256)),
+    ),
+    Row(
+        "int8_vectorwise_quant",
+        "int8_vectorwise_quant, bf16 in",
+        bound=_read(WEIGHT * 2 / 1e6, "the activations"),
+    ),
+    Row(
+        "int8_vectorwise_quant_6",
+        "int8_vectorwise_quant, bf16 in, threshold 6, 4 outlier columns",
+        bound=_read(WEIGHT * 2 / 1e6, "the activations"),
+    ),
+    Row(
+        "int8_vectorwise_dequant",
+        "int8_vectorwise_dequant to fp32",
+        bound=_fresh(WEIGHT * 4 / 1e6, "the weight"),
+    ),
+    Row(
+        "experts4bit_1",
+        "MLP of 8 NF4 experts, top-2, bf16, 1 token",
+        bound=_read(TOP_K * EXPERT_WEIGHT * (0.5 + 4 / BLOCK) / 1e6, "two experts, packed"),
+        beside="loop",
+    ),
+    Row(
+        "experts4bit_256",
+        "MLP of 8 NF4 experts, top-2, bf16, 256 tokens",
+        bound=_experts(256),
+        beside="loop",
+        ratio=0.5,
+    ),
+    Row(
+        "experts4bit_train_256",
+        "the same, forward + backward, 256 tokens",
+        bound=_experts(256, 2),
+        beside="loop",
+        ratio=0.5,
+    ),
     Row("tiny_op", "one tiny op: dequantize_4bit of 64 values", 0.004, 0.012),
     Row("tiny_functional", "the same through functional.dequantize_4bit"),
     Row(
@@ -137,7 +241,7 @@ ROWS: tuple[Row, ...] = (
         11.0,
         222.0,
         _update(16, WEIGHT),
-        beside_torch=True,
+        beside="torch",
     ),
     Row(
         "ademamix8bit",
@@ -152,7 +256,7 @@ ROWS: tuple[Row, ...] = (
         4.0,
         57.0,
         _update(16, 200 << 14),
-        beside_torch=True,
+        beside="torch",
     ),
     Row(
         "adamw32bit",
@@ -160,7 +264,7 @@ ROWS: tuple[Row, ...] = (
         8.0,
         87.0,
         _update(28, WEIGHT),
-        beside_torch=True,
+        beside="torch",
     ),
     Row("import", "import, beyond torch's own", 200.0, 6500.0, kind="import"),
     Row("size", "installed size", kind="size", unit="MB", target=12.0),
@@ -177,6 +281,7 @@ OPTIMIZERS = {
 """The class that a row's name begins with. ``_200``: that many parameters; ``_256mb``: one."""
 
 OPTIMIZER_ROWS = tuple(row.name for row in ROWS if row.name.split("_")[0] in OPTIMIZERS)
+EXPERTS_ROWS = tuple(row.name for row in ROWS if row.beside == "loop")
 
 
 @dataclass(frozen=True)
@@ -192,6 +297,10 @@ class MemoryRow:
     """The row of the main table that it is measured with, where that has another name."""
 
 
+ROUTED_MB = 256 * TOP_K * 2 / 1e6  # one value of each routed row, bf16
+FORWARD_WIDTHS = 4 * INTERMEDIATE  # gate and up, the activation, its product
+BACKWARD_WIDTHS = 6 * INTERMEDIATE  # the first three again, and their gradients
+
 MEMORY_ROWS: tuple[MemoryRow, ...] = (
     MemoryRow("quantize_4bit", "quantize_4bit nf4, bf16 in", 2.0),
     MemoryRow("quantize_4bit_nested", "quantize_4bit nf4 + double quant", 2.0),
@@ -202,6 +311,24 @@ MEMORY_ROWS: tuple[MemoryRow, ...] = (
     MemoryRow("linear4bit_16", "Linear4bit bf16, 16 rows", 1.0 * THREADS + 1.0),
     MemoryRow("linear4bit_128", "Linear4bit bf16, 128 rows", 1.0 * THREADS + 1.0),
     MemoryRow("linear4bit_train_256", "Linear4bit forward + backward, 256 rows", THREADS + 5.0),
+    MemoryRow("linear8bitlt_1", "Linear8bitLt bf16, 1 row", THREADS + 1.0),
+    MemoryRow("linear8bitlt_128", "Linear8bitLt bf16, 128 rows", THREADS + 1.0 + 128 * SIDE / 1e6),
+    MemoryRow(
+        "linear8bitlt_train_256",
+        "Linear8bitLt forward + backward, 256 rows",
+        THREADS + 1.0 + 256 * SIDE * 3 / 1e6,  # the codes, the result
+    ),
+    MemoryRow("int8_vectorwise_quant", "int8_vectorwise_quant, bf16 in", 2.0),
+    MemoryRow("int8_vectorwise_quant_6", "int8_vectorwise_quant, threshold 6", 2.0),
+    MemoryRow("int8_vectorwise_dequant", "int8_vectorwise_dequant to fp32", 2.0),
+    MemoryRow(
+        "experts4bit_256", "8 NF4 experts, 256 tokens", THREADS + 1.0 + ROUTED_MB * FORWARD_WIDTHS
+    ),
+    MemoryRow(
+        "experts4bit_train_256",
+        "the same, forward + backward",
+        THREADS + 1.0 + ROUTED_MB * BACKWARD_WIDTHS,
+    ),
     MemoryRow(
         "adamw8bit_256mb", "AdamW8bit step, one fp32 parameter of 268 MB", 2.0, "adamw8bit_200"
     ),

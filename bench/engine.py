@@ -30,9 +30,19 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from definitions import BLOCK, OPTIMIZERS, SIDE, THREADS
+from definitions import (
+    BLOCK,
+    EXPERTS,
+    HIDDEN,
+    INTERMEDIATE,
+    OPTIMIZERS,
+    SIDE,
+    THREADS,
+    TOP_K,
+)
 
 Step = Callable[[], Any]
+THRESHOLD = 6.0
 MIN_SAMPLES = 5
 MAX_SAMPLES = 200
 WARMUP_S = 0.15
@@ -59,13 +69,25 @@ class Worker:
 
     # --- inputs ---------------------------------------------------------------------------
 
-    def _normal(self, *shape: int, dtype: Any) -> Any:
+    def _normal(self, *shape: int, dtype: Any, width: float = 0.02) -> Any:
         """Weights as they are: normal, a few hundredths wide; made in pieces, in place."""
         generator = self.torch.Generator().manual_seed(0)
         out = self.torch.empty(shape, dtype=dtype)
         for piece in out.view(-1).split(1 << 22):
-            piece.normal_(0.0, 0.02, generator=generator)
+            piece.normal_(0.0, width, generator=generator)
         return out
+
+    def _activations(self, rows: int, outliers: bool) -> Any:
+        """Standard normal in bfloat16; with outliers, four columns of magnitude 20 to 60."""
+        torch = self.torch
+        x = self._normal(rows, SIDE, dtype=torch.bfloat16, width=1.0)
+        if outliers:
+            generator = torch.Generator().manual_seed(1)
+            columns = torch.randperm(SIDE, generator=generator)[:4]
+            size = torch.empty(rows, 4).uniform_(20, 60, generator=generator)
+            sign = torch.empty(rows, 4).uniform_(-1, 1, generator=generator).sign()
+            x[:, columns] = (size * sign).to(x.dtype)
+        return x
 
     def _layer(self) -> Any:
         """A quantized Linear4bit in bfloat16."""
@@ -80,6 +102,28 @@ class Worker:
         )
         layer.weight.data = self._normal(SIDE, SIDE, dtype=torch.bfloat16)
         return layer.to("cpu")
+
+    def _layer_8bit(self) -> Any:
+        """A quantized Linear8bitLt, its weight taken from bfloat16."""
+        layer = self.nn.Linear8bitLt(
+            SIDE, SIDE, bias=False, has_fp16_weights=False, threshold=THRESHOLD
+        )
+        layer.weight.data = self._normal(SIDE, SIDE, dtype=self.torch.bfloat16)
+        return layer.to("cpu")
+
+    def _experts(self, row: str, *sizes: int) -> Step:
+        """A layer's experts, grouped where the package can and the row's name allows it."""
+        from moe import Experts
+
+        experts = Experts(self.functional, *sizes)
+        if hasattr(self.functional, "experts_matmul_4bit") and not row.endswith("_loop"):
+            experts.group()
+            run = experts.grouped
+        else:
+            run = experts.loop
+        if "_train_" in row:
+            return self._train(run, experts.input, experts.gradient)
+        return self._infer(run, experts.input)
 
     def _optimizer(self, row: str, elements: int) -> Any:
         """An optimizer with gradients that has taken a step, so that its states exist."""
@@ -104,6 +148,26 @@ class Worker:
         return optimizer
 
     # --- steps ----------------------------------------------------------------------------
+
+    def _train(self, run: Callable[[Any], Any], x: Any, gradient: Any) -> Step:
+        """Forward and backward; the result is the gradient of the input."""
+        x.requires_grad_()
+
+        def train() -> Any:
+            x.grad = None
+            run(x).backward(gradient)
+            return x.grad
+
+        return train
+
+    def _infer(self, run: Callable[[Any], Any], x: Any) -> Step:
+        """Forward, without gradients."""
+
+        def infer() -> Any:
+            with self.torch.no_grad():
+                return run(x)
+
+        return infer
 
     def step(self, row: str, elements: int = SIDE * SIDE) -> Step:
         """The call to time for a row; inputs are built once, outside of it."""
@@ -134,26 +198,31 @@ class Worker:
         if row == "dequantize_blockwise":
             codes, state8 = F.quantize_blockwise(self._normal(*shape, dtype=torch.float32))
             return lambda: F.dequantize_blockwise(codes, state8)
-        if row.startswith("linear4bit_train_"):
-            layer = self._layer().train()
-            rows = int(row.rsplit("_", 1)[1])
-            x = self._normal(rows, SIDE, dtype=torch.bfloat16).requires_grad_()
-            gradient = self._normal(rows, SIDE, dtype=torch.bfloat16)
-
-            def train() -> None:
-                x.grad = None
-                layer(x).backward(gradient)
-
-            return train
         if row.startswith("linear4bit_"):
-            layer = self._layer().eval()
-            x = self._normal(int(row.rsplit("_", 1)[1]), SIDE, dtype=torch.bfloat16)
-
-            def infer() -> Any:
-                with torch.no_grad():
-                    return layer(x)
-
-            return infer
+            rows = int(row.rsplit("_", 1)[1])
+            x = self._normal(rows, SIDE, dtype=torch.bfloat16)
+            if "_train_" in row:
+                gradient = self._normal(rows, SIDE, dtype=torch.bfloat16)
+                return self._train(self._layer().train(), x, gradient)
+            return self._infer(self._layer().eval(), x)
+        if row.startswith("linear8bitlt_"):
+            rows = int(row.removesuffix("_plain").rsplit("_", 1)[1])
+            x = self._activations(rows, outliers=not row.endswith("_plain"))
+            if "_train_" in row:
+                gradient = self._normal(rows, SIDE, dtype=torch.bfloat16)
+                return self._train(self._layer_8bit().train(), x, gradient)
+            return self._infer(self._layer_8bit().eval(), x)
+        if row in ("int8_vectorwise_quant", "int8_vectorwise_quant_6"):
+            threshold = THRESHOLD if row.endswith("_6") else 0.0
+            x = self._activations(SIDE, outliers=threshold > 0)
+            return lambda: F.int8_vectorwise_quant(x, threshold)
+        if row == "int8_vectorwise_dequant":
+            x = self._normal(SIDE, SIDE, dtype=torch.bfloat16)
+            codes, stats, _ = F.int8_vectorwise_quant(x)
+            return lambda: F.int8_vectorwise_dequant(codes, stats)
+        if row.startswith("experts4bit_"):
+            tokens = int(row.removesuffix("_loop").rsplit("_", 1)[1])
+            return self._experts(row, tokens, EXPERTS, TOP_K, HIDDEN, INTERMEDIATE)
         if row in ("tiny_op", "tiny_functional"):
             packed, state = F.quantize_4bit(
                 torch.linspace(-1, 1, 64).reshape(1, 64), blocksize=BLOCK, quant_type="nf4"
@@ -199,7 +268,7 @@ class Worker:
         }
 
     def limits(self) -> dict[str, float]:
-        """Best of several: memory read, copy, first-touch and update bandwidth, fp32 GEMM."""
+        """Best of several: memory read, copy, first touch and update, fp32 and int8 GEMM."""
         torch = self.torch
         size = 256 << 20
         source = torch.ones(size // 4, dtype=torch.float32)
@@ -207,6 +276,8 @@ class Worker:
         n = 2048
         a, b = torch.randn(n, n), torch.randn(n, n)
         product = torch.empty(n, n)
+        a8, b8 = (torch.randint(-127, 128, (n, n), dtype=torch.int8) for _ in range(2))
+        product8 = torch.empty(n, n, dtype=torch.int32)
         fresh = 32 << 20
 
         def best(step: Step, repeats: int) -> float:
@@ -225,6 +296,7 @@ class Worker:
             / best(lambda: torch.empty(fresh // 4, dtype=torch.float32).fill_(1.0), 20),
             "update_bytes_per_s": 3 * size / best(lambda: target.add_(source), 10),
             "gemm_flop_per_s": 2 * n**3 / best(lambda: torch.mm(a, b, out=product), 10),
+            "int8_op_per_s": 2 * n**3 / best(lambda: torch._int_mm(a8, b8, out=product8), 10),
         }
 
     def memory(self, row: str) -> dict[str, int]:
@@ -245,6 +317,19 @@ class Worker:
         x = torch.randn(8, 256, dtype=torch.bfloat16, requires_grad=True)
         y = tiny(x)
         y.backward(torch.ones_like(y))  # with a gradient: torch imports sympy for that, once
+        for columns in (None, 3):
+            x = torch.randn(8, 256, dtype=torch.bfloat16)
+            if columns is not None:
+                x[:, columns] = 40.0
+            codes, stats, _ = small.int8_vectorwise_quant(x, THRESHOLD)
+            small.int8_vectorwise_dequant(codes, stats)
+            tiny = self.nn.Linear8bitLt(
+                256, 64, bias=False, has_fp16_weights=False, threshold=THRESHOLD
+            ).to("cpu")
+            self._infer(tiny.eval(), x)()
+            self._train(tiny.train(), x, torch.ones(8, 64, dtype=torch.bfloat16))()
+        if row.startswith("experts4bit_"):
+            self._experts(row, 64, EXPERTS, TOP_K, 256, 256)()
         step = self.step(row)
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
@@ -252,8 +337,6 @@ class Worker:
         result = step()
         peak = _status("VmHWM")
         outputs = _tensor_bytes(result)
-        if row.startswith("linear4bit_train_"):
-            outputs = int(row.rsplit("_", 1)[1]) * SIDE * 2  # the gradient of the input
         return {"extra_bytes": max(0, peak - before - outputs), "output_bytes": outputs}
 
     def _optimizer_memory(self, row: str) -> dict[str, int]:

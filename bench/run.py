@@ -30,6 +30,7 @@ ROOT = HERE.parent
 sys.path.insert(0, str(HERE))
 
 from definitions import (  # noqa: E402
+    EXPERTS_ROWS,
     MEMORY_ROWS,
     OPTIMIZER_ROWS,
     OPTIMIZERS,
@@ -39,6 +40,8 @@ from definitions import (  # noqa: E402
     SCALING_ROWS,
     SCALING_SIZES,
     THREADS,
+    Beside,
+    Bound,
     Row,
 )
 
@@ -152,9 +155,16 @@ def peers(names: tuple[str, str]) -> tuple[Peer, Peer]:
     return out[0], out[1]
 
 
-def beside(ours: Peer) -> Peer:
-    """PyTorch's own fused AdamW, in our environment."""
-    return Peer("torch", ours.python, "torch", [])
+def beside(kind: Beside, b: Peer) -> Peer:
+    """Who else takes a turn, in the environment of the second side."""
+    if kind == "torch":
+        return Peer("torch fused AdamW", b.python, "torch", [])
+    return Peer(f"{b.label}, loop", b.python, b.package, [])
+
+
+def asked(row: str, side: str) -> str:
+    """What a row is called when it is asked of a side."""
+    return f"{row}_loop" if side == "c" and row in EXPERTS_ROWS else row
 
 
 # ------------------------------------------------------------------------- the machine
@@ -225,7 +235,7 @@ def measure_pairs(row: Row, a: Peer, b: Peer, pairs: int, c: Peer | None) -> dic
     """Alternate A B A B and keep every median; with a third side, A B C A B C."""
     samples: dict[str, list[float]] = {"a": [], "b": []}
     sides = [("a", a), ("b", b)]
-    if c is not None and row.beside_torch:
+    if c is not None:
         samples["c"] = []
         sides.append(("c", c))
     errors: dict[str, str] = {}
@@ -239,7 +249,7 @@ def measure_pairs(row: Row, a: Peer, b: Peer, pairs: int, c: Peer | None) -> dic
             if row.kind == "import":
                 samples[side].append(peer.once("--import-time")["seconds"])
                 continue
-            answer = peer.ask(command="measure", row=row.name, threads=THREADS)
+            answer = peer.ask(command="measure", row=asked(row.name, side), threads=THREADS)
             if "error" in answer:
                 errors[side] = answer["error"]
             else:
@@ -281,17 +291,25 @@ def best_limits(first: dict[str, float], second: dict[str, float]) -> dict[str, 
     return {key: max(first[key], second[key]) for key in first}
 
 
-def bound_seconds(row: Row, limits: dict[str, float]) -> float | None:
-    """The time that the row's unavoidable work takes at the machine's limit."""
-    if row.bound is None:
-        return None
-    key = {
-        "read": "read_bytes_per_s",
-        "fresh": "fresh_bytes_per_s",
-        "update": "update_bytes_per_s",
-        "gemm": "gemm_flop_per_s",
-    }[row.bound.limit]
-    return row.bound.amount / limits[key]
+LIMITS = {
+    "read": "read_bytes_per_s",
+    "fresh": "fresh_bytes_per_s",
+    "update": "update_bytes_per_s",
+    "gemm": "gemm_flop_per_s",
+    "int8": "int8_op_per_s",
+}
+
+
+def bound_seconds(bound: Bound | None, limits: dict[str, float]) -> float:
+    """The time that unavoidable work takes at the machine's limits."""
+    if bound is None:
+        return 0.0
+    return bound.amount / limits[LIMITS[bound.limit]] + bound_seconds(bound.then, limits)
+
+
+def bound_note(bound: Bound) -> str:
+    """Unavoidable work in words."""
+    return bound.note if bound.then is None else f"{bound.note}, then {bound_note(bound.then)}"
 
 
 def verdicts(row: Row, result: dict[str, Any]) -> dict[str, bool | None]:
@@ -345,15 +363,18 @@ def measure_states(b: Peer, names: set[str]) -> list[dict[str, Any]]:
     return out
 
 
-def measure_memory(a: Peer, b: Peer, names: set[str]) -> list[dict[str, Any]]:
+def measure_memory(a: Peer, b: Peer, loop: Peer | None, names: set[str]) -> list[dict[str, Any]]:
     """Peak memory beyond the outputs, each in a fresh process."""
     out = []
     for row in MEMORY_ROWS:
         if not names & {row.name, row.beside}:
             continue
         entry: dict[str, Any] = {"row": row.name, "allowed_mb": row.allowed_mb}
-        for side, peer in (("a", a), ("b", b)):
-            answer = peer.fresh(command="memory", row=row.name)
+        sides = [("a", a), ("b", b)]
+        if loop is not None and row.name in EXPERTS_ROWS:
+            sides.append(("c", loop))
+        for side, peer in sides:
+            answer = peer.fresh(command="memory", row=asked(row.name, side))
             if "error" in answer:
                 entry.setdefault("errors", {})[side] = answer["error"]
             else:
@@ -390,8 +411,8 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def main_table(results: list[dict[str, Any]], a: str, b: str, optimizers: bool) -> str:
-    """Times, ratios and verdicts; for optimizers PyTorch's fused AdamW beside."""
+def main_table(results: list[dict[str, Any]], a: str, b: str, c: str | None) -> str:
+    """Times, ratios and verdicts, those of a third side beside."""
     rows = []
     for result in results:
         row = ROW_BY_NAME[result["row"]]
@@ -424,24 +445,42 @@ def main_table(results: list[dict[str, Any]], a: str, b: str, optimizers: bool) 
                 "–" if fraction is None else f"{fraction * 100:.0f} %",
             ]
         )
-        if optimizers:
+        if c is not None:
             beside_s, against = result.get("c_median_s"), result.get("c_ratio")
             rows[-1].append("–" if beside_s is None else f"{number(beside_s * 1e3)} ms")
             rows[-1].append(number(against))
     header = ["work", a, b, f"{b} / {a}", "ratio target", "", "target", "", "of the limit"]
-    if optimizers:
-        header += ["torch fused AdamW", f"{b} / torch"]
+    if c is not None:
+        header += [c, f"{b} / {c}"]
     return table(header, rows)
+
+
+def memory_table(entries: list[dict[str, Any]], a: str, b: str, loop: dict[str, Any] | None) -> str:
+    """Peak memory, with a column for the loop where it took part."""
+    titles = {row.name: row.title for row in MEMORY_ROWS}
+    rows = []
+    for entry in entries:
+        extra = [number(entry.get(f"{side}_extra_mb")) for side in "abc"]
+        shown = extra if loop is not None else extra[:2]
+        allowed = [number(entry["allowed_mb"]), word(entry.get("met"))]
+        rows.append([titles[entry["row"]], *shown, *allowed])
+    sides = [a, b] if loop is None else [a, b, loop["label"]]
+    return table(["work", *(f"{side}, MB" for side in sides), "allowed, MB", ""], rows)
 
 
 def report(record: dict[str, Any]) -> str:
     """The tables of a record."""
     a, b = record["peers"]["a"]["label"], record["peers"]["b"]["label"]
     parts = []
-    for optimizers in (False, True):
-        results = [r for r in record["rows"] if (r["row"] in OPTIMIZER_ROWS) is optimizers]
+    apart = {"loop": EXPERTS_ROWS, "torch": OPTIMIZER_ROWS}
+    groups: dict[str | None, list[dict[str, Any]]] = {None: [], "loop": [], "torch": []}
+    for result in record["rows"]:
+        kind = next((kind for kind, names in apart.items() if result["row"] in names), None)
+        groups[kind].append(result)
+    for kind, results in groups.items():
         if results:
-            parts.append(main_table(results, a, b, optimizers))
+            c = record["peers"][kind]["label"] if kind in record["peers"] else None
+            parts.append(main_table(results, a, b, c))
     limits = record["limits"]
     parts.append(
         "Limits of the machine in this run: "
@@ -449,7 +488,8 @@ def report(record: dict[str, Any]) -> str:
         f"copy {limits['copy_bytes_per_s'] / 1e9:.1f} GB/s, "
         f"first touch of new memory {limits['fresh_bytes_per_s'] / 1e9:.1f} GB/s, "
         f"update in place (a += b) {limits['update_bytes_per_s'] / 1e9:.1f} GB/s, "
-        f"fp32 GEMM {limits['gemm_flop_per_s'] / 1e9:.0f} GFLOP/s."
+        f"fp32 GEMM {limits['gemm_flop_per_s'] / 1e9:.0f} GFLOP/s, "
+        f"int8 GEMM {limits['int8_op_per_s'] / 1e9:.0f} GOP/s."
     )
     if record["states"]:
         parts.append("Bytes of optimizer state a parameter:")
@@ -461,23 +501,8 @@ def report(record: dict[str, Any]) -> str:
             rows.append([kind, f"{each:.5f}", str(whole), f"{1 - each / whole:.0%}"])
         parts.append(table(["optimizer", "bytes", "in float32", "saved"], rows))
     if record["memory"]:
-        titles = {row.name: row.title for row in MEMORY_ROWS}
         parts.append("Peak memory beyond the outputs:")
-        parts.append(
-            table(
-                ["work", f"{a}, MB", f"{b}, MB", "allowed, MB", ""],
-                [
-                    [
-                        titles[entry["row"]],
-                        number(entry.get("a_extra_mb")),
-                        number(entry.get("b_extra_mb")),
-                        number(entry["allowed_mb"]),
-                        word(entry.get("met")),
-                    ]
-                    for entry in record["memory"]
-                ],
-            )
-        )
+        parts.append(memory_table(record["memory"], a, b, record["peers"].get("loop")))
     if record["scaling"]:
         parts.append("Time per element, nanoseconds, with one thread and with two:")
         rows = []
@@ -533,10 +558,11 @@ def main() -> int:
 
     facts = machine()
     a, b = peers((options.a, options.b))
-    c = beside(b) if any(row.beside_torch for row in wanted) else None
+    kinds = sorted({row.beside for row in wanted if row.beside is not None})
+    third = {kind: beside(kind, b) for kind in kinds}
     started = datetime.datetime.now(datetime.timezone.utc)
     record: dict[str, Any] = {
-        "format": 1,
+        "format": 2,
         "date": started.strftime("%Y-%m-%dT%H:%M:%SZ"),
         "row_set": row_set,
         "pairs": pairs,
@@ -554,12 +580,13 @@ def main() -> int:
         for side, peer in (("a", a), ("b", b)):
             say(f"starting {peer.label}")
             record["peers"][side] = {"label": peer.label, **peer.start()}
-        if c is not None:
-            record["peers"]["c"] = {"label": c.label, **c.start()}
+        for kind, peer in third.items():
+            record["peers"][kind] = {"label": peer.label, **peer.start()}
         first = a.ask(command="limits")
         for row in wanted:
             result = measure_size(a, b) if row.kind == "size" else None
             if result is None:
+                c = third[row.beside] if row.beside is not None else None
                 result = measure_pairs(row, a, b, pairs, c)
             record["rows"].append({"row": row.name, **result, **verdicts(row, result)})
             detail = f"ratio {result['ratio']:.3f}" if "ratio" in result else str(result["errors"])
@@ -570,17 +597,15 @@ def main() -> int:
         record["states"] = measure_states(b, names)
         record["limits"] = best_limits(first, a.ask(command="limits"))
     finally:
-        a.stop()
-        b.stop()
-        if c is not None:
-            c.stop()
+        for peer in (a, b, *third.values()):
+            peer.stop()
     if everything or options.memory:
-        record["memory"] = measure_memory(a, b, names)
+        record["memory"] = measure_memory(a, b, third.get("loop"), names)
     for result in record["rows"]:
         row = ROW_BY_NAME[result["row"]]
-        bound = bound_seconds(row, record["limits"])
-        if bound is not None and result.get("b_median_s"):
-            result["bound"] = row.bound.note if row.bound else None
+        if row.bound is not None and result.get("b_median_s"):
+            bound = bound_seconds(row.bound, record["limits"])
+            result["bound"] = bound_note(row.bound)
             result["fraction_of_limit"] = bound / result["b_median_s"]
     record["load_after"] = load()
     print(report(record))

@@ -1,8 +1,9 @@
 """halfbyte's main job, start to end, on the CPU.
 
-Loads a causal LM through Transformers in bfloat16, NF4, NF4 with double quantization and FP4 and
-compares them on held-out text; fine-tunes the double-quantized one with LoRA through PEFT; saves
-adapter and quantized model; reloads both in a new process and generates, before and after.
+Loads a causal LM through Transformers in bfloat16, int8 (LLM.int8() with threshold 0 and 6), NF4,
+NF4 with double quantization and FP4 and compares them on held-out text; fine-tunes the
+double-quantized one with LoRA through PEFT; saves adapter and quantized model; reloads both in a
+new process and generates, before and after.
 
     make demo                                             the small model in the repository
     make demo ARGS="--model DIR --text FILE"              any local causal LM, any text
@@ -23,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_MODEL = ROOT / "models" / "rustdoc-llama"
-FORMATS = ("bf16", "nf4", "nf4+dq", "fp4")
+FORMATS = ("bf16", "int8-t0", "int8-t6", "nf4", "nf4+dq", "fp4")
 PROMPTS = ("# Error code E0", "The borrow checker")
 
 
@@ -115,7 +116,10 @@ def load(folder: Path, kind: str):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     config = None
-    if kind != "bf16":
+    if kind.startswith("int8"):
+        threshold = float(kind.partition("-t")[2])
+        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=threshold)
+    elif kind != "bf16":
         config = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=kind[:3],
@@ -148,6 +152,8 @@ def storage(model) -> tuple[int, float]:
     The language-model head stays in 16 bits under Transformers' defaults and is not counted in the
     second figure.
     """
+    import torch
+
     total = 0
     linear_bits = linear_numel = 0
     seen = set()
@@ -159,7 +165,10 @@ def storage(model) -> tuple[int, float]:
             size = parameter.numel() * parameter.element_size()
             state = getattr(parameter, "quant_state", None)
             numel = parameter.numel()
-            if state is not None:
+            if parameter.dtype == torch.int8:
+                scales = parameter.SCB if parameter.SCB is not None else module.state.SCB
+                size += scales.numel() * scales.element_size()
+            elif state is not None:
                 numel = math.prod(state.shape)
                 packed = state.as_dict(packed=True)
                 size += sum(
@@ -214,7 +223,8 @@ def compare_formats(args: argparse.Namespace, tokenizer, text: str) -> None:
         score = bits_per_byte(model, tokenizer, text, args.eval_bytes)
         print(f"{kind:<8} {size / 1e6:>7.2f} MB {bits:>11.3f} {score:>10.4f}")
         del model
-    print("bits/param: the linear layers that Transformers quantizes, scales included\n")
+    print("bits/param: the linear layers that Transformers quantizes, scales included")
+    print("int8-t6: columns with a magnitude of 6 or more are multiplied unrounded\n")
 
 
 def finetune(args: argparse.Namespace, model, tokenizer, text: str) -> tuple[object, list[float]]:

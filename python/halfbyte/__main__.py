@@ -1,14 +1,19 @@
-"""Diagnostics: ``python -m <package>`` says what is installed, what it runs on, and if it works.
+"""``python -m <package>`` says what is installed, what it runs on, and if it works.
 
 Exits with 0 when the self-test passes, else with 1.
+
+``python -m <package> outliers --model DIR --text FILE`` runs a causal language model on a text and
+prints what :func:`~.utils.find_outliers` found.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
@@ -16,6 +21,7 @@ from . import functional as F
 from . import optim
 from ._load import native
 from .autograd._functions import matmul_4bit
+from .utils import find_outliers
 
 
 def _section(title: str) -> None:
@@ -92,8 +98,74 @@ _TESTS: list[tuple[str, Callable[[], str]]] = [
 ]
 
 
-def main() -> int:
+def outliers(argv: Sequence[str]) -> int:
+    """``outliers``: prints the table of :func:`~.utils.find_outliers` for a model and a text.
+
+    Returns:
+        the exit status: 1, and one sentence on standard error, when something is missing.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {__package__} outliers",
+        description="Which columns of a causal language model's activations are outliers, and "
+        "which llm_int8_threshold to take.",
+    )
+    parser.add_argument("--model", type=Path, required=True, help="a Hugging Face folder")
+    parser.add_argument("--text", type=Path, required=True, help="text that is like your data")
+    parser.add_argument("--threshold", type=float, default=6.0, help="default: %(default)s")
+    parser.add_argument("--cost", type=float, default=0.1, help="see find_outliers; %(default)s")
+    parser.add_argument("--tokens", type=int, default=8192, help="how many (default: %(default)s)")
+    parser.add_argument("--window", type=int, default=512, help="tokens in a row (%(default)s)")
+    parser.add_argument("--json", type=Path, help="write everything here")
+    parser.add_argument("--figure", type=Path, help="write the figure here (.svg; else matplotlib)")
+    options = parser.parse_args(argv)
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
+    except ImportError as error:
+        print(f"outliers: Transformers is needed, and does not import: {error}", file=sys.stderr)
+        return 1
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        if not options.model.is_dir():
+            raise ValueError(f"--model {options.model}: expected a folder, found none")
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
+        text = options.text.read_text(encoding="utf-8")
+        ids = tokenizer.encode(text, add_special_tokens=False)[: options.tokens]
+        limit = getattr(model.config, "max_position_embeddings", options.window)
+        window = min(options.window, limit, len(ids))
+        if window < 1:
+            raise ValueError(f"--text {options.text}: expected at least one token, got none")
+        rows = torch.tensor(ids[: len(ids) // window * window]).view(-1, window)
+        found = find_outliers(
+            model,
+            [{"input_ids": part.to(model.device)} for part in rows.split(4)],
+            options.threshold,
+            cost=options.cost,
+        )
+        if options.json:
+            found.to_json(options.json, full=True)
+        if options.figure and options.figure.suffix == ".svg":
+            found.save_svg(options.figure)
+        elif options.figure:
+            found.plot(options.figure)
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
+        print(f"outliers: {str(error).strip().partition(chr(10))[0]}", file=sys.stderr)
+        return 1
+    print(found)
+    return 0
+
+
+def main(argv: Sequence[str] = ()) -> int:
     """Prints the report and returns the exit status."""
+    if argv:
+        if argv[0] == "outliers":
+            return outliers(argv[1:])
+        print(
+            f"expected no argument, or outliers and its options, got {argv[0]!r}", file=sys.stderr
+        )
+        return 2
     package = importlib.import_module(__package__ or "halfbyte")
     print(f"{package.__name__} {package.__version__}")
     if package.__version__ != native.version():
@@ -123,4 +195,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

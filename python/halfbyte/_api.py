@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from . import autograd, functional, nn, optim, utils
-from .autograd._functions import matmul_4bit
+from . import autograd, functional, integrations, nn, optim, utils
+from .autograd._functions import MatmulLtState, matmul, matmul_4bit
+from .nn import modules
 from .optim import adam
 
 features: set[str] = {"multi_backend"}
@@ -13,13 +14,20 @@ supported_torch_devices: set[str] = {"cpu"}
 """Device types (``torch.device.type``) that there are kernels for."""
 
 __all__ = [
+    "MatmulLtState",
     "adam",
     "autograd",
     "features",
     "functional",
+    "integrations",
+    "matmul",
     "matmul_4bit",
+    "modules",
     "nn",
     "optim",
     "supported_torch_devices",
     "utils",
 ]
+
+if __package__ == "bitsandbytes":  # what Transformers imports
+    integrations.transformers.watch()

@@ -1,8 +1,9 @@
 """The ops: schemas, shapes for tracing, gradients. Their CPU kernels are registered from Rust.
 
-They live under ``torch.ops.<name of this package>``. The schemas of ``quantize_4bit``,
-``dequantize_4bit[.out]``, ``quantize_blockwise``, ``dequantize_blockwise[.out]``,
-``gemv_4bit[.out]``, ``gemm_4bit``, ``optimizer_update_32bit`` and
+They live under ``torch.ops.<name of this package>``. Those of LLM.int8() are in
+:mod:`._ops_int8`, those of layers of experts in :mod:`._ops_experts`. The schemas of
+``quantize_4bit``, ``dequantize_4bit[.out]``, ``quantize_blockwise``,
+``dequantize_blockwise[.out]``, ``gemv_4bit[.out]``, ``gemm_4bit``, ``optimizer_update_32bit`` and
 ``optimizer_update_8bit_blockwise`` are upstream's; the others are ours:
 
 ``quantize_4bit.nested``, ``quantize_absmax``
@@ -31,12 +32,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _ops_experts, _ops_int8
 from ._load import native
+from ._ops_base import (
+    FLOATS,
+    NAMESPACE,
+    STATE,
+    WEIGHT,
+    bias_grad,
+    check_float,
+    expect,
+    find,
+    product,
+    same_device,
+    save,
+    saved,
+)
 
-NAMESPACE = __name__.partition(".")[0]
-
-_STATE = "Tensor? code, Tensor? absmax2, Tensor? code2, Tensor? offset, int blocksize2"
-_WEIGHT = "Tensor absmax, int blocksize, str quant_type, int[] shape"
 _RATES = "float beta1, float beta2, float beta3, float alpha, float eps"
 _REST = "float weight_decay, int step, float lr, float gnorm_scale, bool skip_zeros"
 
@@ -47,10 +59,10 @@ _SCHEMAS = {
     " Tensor(b!) absmax) -> ()",
     "quantize_4bit.nested": "(Tensor A, int blocksize, str quant_type, ScalarType quant_storage,"
     " int blocksize2) -> (Tensor, Tensor, Tensor, Tensor)",
-    "dequantize_4bit": f"(Tensor A, {_WEIGHT}, ScalarType dtype) -> Tensor",
-    "dequantize_4bit.out": f"(Tensor A, {_WEIGHT}, ScalarType dtype, Tensor(a!) out) -> ()",
-    "dequantize_4bit.state": f"(Tensor A, {_WEIGHT}, ScalarType dtype, {_STATE}) -> Tensor",
-    "dequantize_4bit.state_out": f"(Tensor A, {_WEIGHT}, {_STATE}, Tensor(a!) out) -> ()",
+    "dequantize_4bit": f"(Tensor A, {WEIGHT}, ScalarType dtype) -> Tensor",
+    "dequantize_4bit.out": f"(Tensor A, {WEIGHT}, ScalarType dtype, Tensor(a!) out) -> ()",
+    "dequantize_4bit.state": f"(Tensor A, {WEIGHT}, ScalarType dtype, {STATE}) -> Tensor",
+    "dequantize_4bit.state_out": f"(Tensor A, {WEIGHT}, {STATE}, Tensor(a!) out) -> ()",
     "quantize_blockwise": "(Tensor A, Tensor code, int blocksize) -> (Tensor, Tensor)",
     "quantize_blockwise.out": "(Tensor A, Tensor code, int blocksize, Tensor(a!) out,"
     " Tensor(b!) absmax) -> ()",
@@ -66,10 +78,10 @@ _SCHEMAS = {
     "gemm_4bit": "(Tensor A, Tensor B, int[] shapeB, Tensor absmax, int blocksize, str quant_type,"
     " Tensor? bias=None, Tensor? absmax_8bit=None, Tensor? absmax_code=None,"
     " Tensor? absmax_offset=None) -> Tensor",
-    "matmul_4bit": f"(Tensor A, Tensor packed, {_WEIGHT}, Tensor? bias, {_STATE}) -> Tensor",
-    "matmul_4bit.out": f"(Tensor A, Tensor packed, {_WEIGHT}, Tensor? bias, {_STATE},"
+    "matmul_4bit": f"(Tensor A, Tensor packed, {WEIGHT}, Tensor? bias, {STATE}) -> Tensor",
+    "matmul_4bit.out": f"(Tensor A, Tensor packed, {WEIGHT}, Tensor? bias, {STATE},"
     " Tensor(a!) out) -> ()",
-    "matmul_4bit_grad_input": f"(Tensor grad_output, Tensor packed, {_WEIGHT}, {_STATE}) -> Tensor",
+    "matmul_4bit_grad_input": f"(Tensor grad_output, Tensor packed, {WEIGHT}, {STATE}) -> Tensor",
     "optimizer_update_32bit": "(str optimizer_name, Tensor(a0!) g, Tensor(a1!) p,"
     " Tensor(a2!) state1, Tensor(a3!)? state2, Tensor(a4!)? unorm_vec, float max_unorm,"
     f" float param_norm, {_RATES}, {_REST}=False) -> ()",
@@ -85,9 +97,9 @@ _SCHEMAS = {
     " Tensor(b!)[] state1, Tensor(c!)[] state2, Tensor(d!)[] absmax1, Tensor(e!)[] absmax2,"
     f" Tensor(f!)[] compensation, Tensor qmap1, Tensor? qmap2, {_RATES}, {_REST}, int[] streams,"
     " int seed) -> ()",
+    **_ops_int8.SCHEMAS,
+    **_ops_experts.SCHEMAS,
 }
-
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def failure(error: Exception) -> Exception:
@@ -114,19 +126,6 @@ def failure(error: Exception) -> Exception:
 # ---- shapes and dtypes, for meta tensors, FakeTensor, torch.compile and torch.export ------------
 
 
-def _same_device(*tensors: Tensor | None) -> None:
-    devices = {tensor.device for tensor in tensors if tensor is not None}
-    if len(devices) > 1:
-        listed = ", ".join(sorted(str(device) for device in devices))
-        raise ValueError(f"all tensors must be on the same device, got {listed}")
-
-
-def _float(what: str, dtype: torch.dtype) -> torch.dtype:
-    if dtype not in _FLOATS:
-        raise ValueError(f"{what} must be float32, float16 or bfloat16, got {dtype}")
-    return dtype
-
-
 def _blocks(numel: int, blocksize: int) -> int:
     native.check_blocksize(int(blocksize))
     return -(-numel // int(blocksize))
@@ -136,7 +135,7 @@ def _quantize_4bit(
     A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     native.check_quant_type(quant_type)
-    _float("A", A.dtype)
+    check_float("A", A.dtype)
     units = -(-((A.numel() + 1) // 2) // quant_storage.itemsize)
     packed = A.new_empty((units, 1), dtype=quant_storage)
     return packed, A.new_empty((_blocks(A.numel(), blocksize),), dtype=torch.float32)
@@ -145,7 +144,7 @@ def _quantize_4bit(
 def _quantize_4bit_out(
     A: Tensor, blocksize: int, quant_type: str, out: Tensor, absmax: Tensor
 ) -> None:
-    _same_device(A, out, absmax)
+    same_device(A, out, absmax)
     _quantize_4bit(A, blocksize, quant_type, out.dtype)
 
 
@@ -178,10 +177,10 @@ def _dequantize_4bit(
     offset: Tensor | None = None,
     blocksize2: int = 256,
 ) -> Tensor:
-    _same_device(A, absmax, code, absmax2, code2, offset)
+    same_device(A, absmax, code, absmax2, code2, offset)
     native.check_quant_type(quant_type)
     native.check_blocksize(int(blocksize))
-    return A.new_empty(tuple(shape), dtype=_float("dtype", dtype))
+    return A.new_empty(tuple(shape), dtype=check_float("dtype", dtype))
 
 
 def _dequantize_4bit_out(
@@ -193,7 +192,7 @@ def _dequantize_4bit_out(
     dtype: torch.dtype,
     out: Tensor,
 ) -> None:
-    _same_device(A, absmax, out)
+    same_device(A, absmax, out)
 
 
 def _dequantize_4bit_state_out(
@@ -209,12 +208,12 @@ def _dequantize_4bit_state_out(
     blocksize2: int,
     out: Tensor,
 ) -> None:
-    _same_device(A, absmax, code, absmax2, code2, offset, out)
+    same_device(A, absmax, code, absmax2, code2, offset, out)
 
 
 def _quantize_blockwise(A: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    _same_device(A, code)
-    _float("A", A.dtype)
+    same_device(A, code)
+    check_float("A", A.dtype)
     return (
         A.new_empty(A.shape, dtype=torch.uint8),
         A.new_empty((_blocks(A.numel(), blocksize),), dtype=torch.float32),
@@ -224,39 +223,28 @@ def _quantize_blockwise(A: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor
 def _quantize_blockwise_out(
     A: Tensor, code: Tensor, blocksize: int, out: Tensor, absmax: Tensor
 ) -> None:
-    _same_device(A, code, out, absmax)
+    same_device(A, code, out, absmax)
 
 
 def _dequantize_blockwise(
     A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype
 ) -> Tensor:
-    _same_device(A, absmax, code)
+    same_device(A, absmax, code)
     native.check_blocksize(int(blocksize))
-    return A.new_empty(A.shape, dtype=_float("dtype", dtype))
+    return A.new_empty(A.shape, dtype=check_float("dtype", dtype))
 
 
 def _dequantize_blockwise_out(
     A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype, out: Tensor
 ) -> None:
-    _same_device(A, absmax, code, out)
-
-
-def _product(A: Tensor, shape: Sequence[int], inner: int, outer: int) -> Tensor:
-    if len(shape) != 2:
-        raise ValueError(f"the weight's shape must be [out_features, in_features], got {shape}")
-    if A.shape[-1] != shape[inner]:
-        raise ValueError(
-            f"the last dimension of A must be {shape[inner]}, got A of shape {tuple(A.shape)}"
-        )
-    _float("A", A.dtype)
-    return A.new_empty((*A.shape[:-1], shape[outer]))
+    same_device(A, absmax, code, out)
 
 
 def _gemv_4bit(
     A: Tensor, B: Tensor, shapeB: Sequence[int], absmax: Tensor, code: Tensor, blocksize: int
 ) -> Tensor:
-    _same_device(A, B, absmax, code)
-    return _product(A, shapeB, 1, 0)
+    same_device(A, B, absmax, code)
+    return product(A, shapeB, 1, 0)
 
 
 def _gemv_4bit_out(
@@ -268,7 +256,7 @@ def _gemv_4bit_out(
     blocksize: int,
     out: Tensor,
 ) -> None:
-    _same_device(A, B, absmax, code, out)
+    same_device(A, B, absmax, code, out)
 
 
 def _gemm_4bit(
@@ -283,9 +271,9 @@ def _gemm_4bit(
     absmax_code: Tensor | None = None,
     absmax_offset: Tensor | None = None,
 ) -> Tensor:
-    _same_device(A, B, absmax, bias, absmax_8bit, absmax_code, absmax_offset)
+    same_device(A, B, absmax, bias, absmax_8bit, absmax_code, absmax_offset)
     native.check_quant_type(quant_type)
-    return _product(A, shapeB, 1, 0)
+    return product(A, shapeB, 1, 0)
 
 
 def _matmul_4bit(
@@ -298,9 +286,9 @@ def _matmul_4bit(
     bias: Tensor | None,
     *state: Any,
 ) -> Tensor:
-    _same_device(A, packed, absmax, bias, *state[:4])
+    same_device(A, packed, absmax, bias, *state[:4])
     native.check_quant_type(quant_type)
-    return _product(A, shape, 1, 0)
+    return product(A, shape, 1, 0)
 
 
 def _matmul_4bit_out(
@@ -314,7 +302,7 @@ def _matmul_4bit_out(
     *state_and_out: Any,
 ) -> None:
     *state, _, out = state_and_out
-    _same_device(A, packed, absmax, bias, *state, out)
+    same_device(A, packed, absmax, bias, *state, out)
 
 
 def _matmul_4bit_grad_input(
@@ -326,19 +314,9 @@ def _matmul_4bit_grad_input(
     shape: Sequence[int],
     *state: Any,
 ) -> Tensor:
-    _same_device(grad_output, packed, absmax, *state[:4])
+    same_device(grad_output, packed, absmax, *state[:4])
     native.check_quant_type(quant_type)
-    return _product(grad_output, shape, 0, 1)
-
-
-def _expect(what: str, tensor: Tensor, numel: Any, *dtypes: torch.dtype) -> None:
-    if tensor.dtype not in dtypes:
-        names = " or ".join(str(dtype) for dtype in dtypes)
-        raise ValueError(f"{what} must be {names}, got {tensor.dtype}")
-    torch._check_value(
-        tensor.numel() == numel,
-        lambda: f"{what} must hold {numel} elements, got {tensor.numel()}",
-    )
+    return product(grad_output, shape, 0, 1)
 
 
 def _optimizer_update(
@@ -358,9 +336,9 @@ def _optimizer_update(
         )
     for index, (parameter, gradient, state) in enumerate(zip(p, g, state1, strict=True)):
         rest = [column[index] for column in (state2, *others) if column]
-        _same_device(parameter, gradient, state, *rest)
-        _expect(f"parameter {index}", parameter, parameter.numel(), *_FLOATS)
-        _expect(f"g of parameter {index}", gradient, parameter.numel(), *_FLOATS)
+        same_device(parameter, gradient, state, *rest)
+        expect(f"parameter {index}", parameter, parameter.numel(), *FLOATS)
+        expect(f"g of parameter {index}", gradient, parameter.numel(), *FLOATS)
         if state.dtype != state_dtype:
             raise ValueError(
                 f"state1 of parameter {index} must be {state_dtype}, got {state.dtype}"
@@ -381,7 +359,7 @@ def _optimizer_update_32bit(
     unorm_vec: Tensor | None,
     *_: Any,
 ) -> None:
-    _same_device(g, p, state1, state2, unorm_vec)
+    same_device(g, p, state1, state2, unorm_vec)
     _optimizer_update([g], [p], [state1], [], torch.float32)
 
 
@@ -417,7 +395,7 @@ def _optimizer_update_8bit(
     absmax2: Tensor | None,
     *_: Any,
 ) -> None:
-    _same_device(g, p, state1, state2, qmap1, qmap2, absmax1, absmax2)
+    same_device(g, p, state1, state2, qmap1, qmap2, absmax1, absmax2)
     _optimizer_update([g], [p], [state1], [], _state_dtype(optimizer_name))
 
 
@@ -434,7 +412,7 @@ def _optimizer_update_8bit_group(
     qmap2: Tensor | None,
     *_: Any,
 ) -> None:
-    _same_device(*p[:1], qmap1, qmap2)
+    same_device(*p[:1], qmap1, qmap2)
     dtype = _state_dtype(optimizer_name)
     _optimizer_update(g, p, state1, state2, dtype, absmax1, absmax2, compensation)
 
@@ -462,28 +440,18 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "optimizer_update_32bit.group": _optimizer_update_32bit_group,
     "optimizer_update_8bit_blockwise": _optimizer_update_8bit,
     "optimizer_update_8bit_blockwise.group": _optimizer_update_8bit_group,
+    **_ops_int8.FAKES,
+    **_ops_experts.FAKES,
 }
 
 
 # ---- gradients: of the activations and the bias; the quantized weight is a constant --------------
 
 
-def bias_grad(grad: Tensor) -> Tensor:
-    """The gradient of the bias ``[out_features]`` for a gradient ``[..., out_features]``."""
-    return grad.flatten(0, -2).sum(0) if grad.dim() != 1 else grad
-
-
 def save_weight(ctx: Any, weight: tuple[Any, ...], bias_index: int | None) -> None:
-    """Keeps the weight (packed, absmax, blocksize, quant_type, shape, state...) for backward.
-
-    Autograd refuses to save what was made under ``torch.inference_mode()``: that is kept aside.
-    """
+    """Keeps the weight (packed, absmax, blocksize, quant_type, shape, state...) for backward."""
     packed, absmax, *scalars, code, absmax2, code2, offset, blocksize2 = weight
-    tensors = [packed, absmax, code, absmax2, code2, offset]
-    ctx.aside = [None if t is None or not t.is_inference() else t for t in tensors]
-    ctx.save_for_backward(
-        *[t if a is None else None for t, a in zip(tensors, ctx.aside, strict=True)]
-    )
+    save(ctx, packed, absmax, code, absmax2, code2, offset)
     ctx.scalars = scalars
     ctx.blocksize2 = blocksize2
     ctx.bias_index = bias_index
@@ -491,16 +459,14 @@ def save_weight(ctx: Any, weight: tuple[Any, ...], bias_index: int | None) -> No
 
 def saved_weight(ctx: Any) -> tuple[Any, ...]:
     """What :func:`save_weight` kept. RuntimeError when a tensor was changed in place since."""
-    tensors = [t if a is None else a for t, a in zip(ctx.saved_tensors, ctx.aside, strict=True)]
-    packed, absmax, *state = tensors
+    packed, absmax, *state = saved(ctx)
     return (packed, absmax, *ctx.scalars, *state, ctx.blocksize2)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
     if ctx.needs_input_grad[0]:
-        op = getattr(torch.ops, NAMESPACE).matmul_4bit_grad_input.default
-        grads[0] = op(grad, *saved_weight(ctx))
+        grads[0] = find("matmul_4bit_grad_input")(grad, *saved_weight(ctx))
     if ctx.bias_index is not None and ctx.needs_input_grad[ctx.bias_index]:
         grads[ctx.bias_index] = bias_grad(grad)
     return tuple(grads)
@@ -534,8 +500,9 @@ def _backward_grad_input(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
     if ctx.needs_input_grad[0]:
         packed, absmax, blocksize, quant_type, shape, *state = saved_weight(ctx)
-        op = getattr(torch.ops, NAMESPACE).matmul_4bit.default
-        grads[0] = op(grad, packed, absmax, blocksize, quant_type, shape, None, *state)
+        grads[0] = find("matmul_4bit")(
+            grad, packed, absmax, blocksize, quant_type, shape, None, *state
+        )
     return tuple(grads)
 
 
@@ -544,14 +511,14 @@ _GRADIENTS = {
     "gemv_4bit": (_backward, _setup_gemv_4bit),
     "matmul_4bit": (_backward, _setup_matmul_4bit),
     "matmul_4bit_grad_input": (_backward_grad_input, _setup_grad_input),
+    **_ops_int8.GRADIENTS,
+    **_ops_experts.GRADIENTS,
 }
 
 
 def _count_writes(library: torch.library.Library, name: str) -> None:
     """Makes autograd notice that an op writes to some of its arguments."""
-    packet, _, overload = name.partition(".")
-    op = getattr(getattr(torch.ops, NAMESPACE), packet)
-    op = getattr(op, overload or "default")
+    op = find(name)
     written = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None]
 
     def kernel(keyset: Any, *args: Any) -> None:

@@ -1,4 +1,4 @@
-"""Quantization as functions: 4-bit (NF4, FP4) and 8-bit blockwise, and what describes the result.
+"""Quantization as functions: 4-bit (NF4, FP4), 8-bit blockwise and int8, and what describes it.
 
 Every function takes tensors of any layout (transposed, sliced, expanded). Blocks run over the
 flattened tensor; the last one may be short. Arithmetic is float32, rounded once to the output
@@ -16,6 +16,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ._int8 import (
+    int8_double_quant,
+    int8_linear_matmul,
+    int8_mm_dequant,
+    int8_vectorwise_dequant,
+    int8_vectorwise_quant,
+)
 from ._load import native
 from ._ops import failure, ops
 from .cextension import lib
@@ -1033,6 +1040,9 @@ def is_on_gpu(tensors: Iterable[Tensor | None]) -> bool:
     return True
 
 
+# Last, for it builds on what stands above.
+from .autograd._experts import experts_matmul_4bit, experts_matmul_8bit  # noqa: E402
+
 __all__ = [
     "GlobalPageManager",
     "QuantState",
@@ -1044,11 +1054,18 @@ __all__ = [
     "dequantize_blockwise",
     "dequantize_fp4",
     "dequantize_nf4",
+    "experts_matmul_4bit",
+    "experts_matmul_8bit",
     "fill",
     "gemv_4bit",
     "get_4bit_type",
     "get_paged",
     "get_ptr",
+    "int8_double_quant",
+    "int8_linear_matmul",
+    "int8_mm_dequant",
+    "int8_vectorwise_dequant",
+    "int8_vectorwise_quant",
     "is_on_gpu",
     "lib",
     "name2qmap",

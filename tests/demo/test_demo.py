@@ -49,10 +49,11 @@ def test_runs_on_any_model_and_text(tiny_model: Path, tmp_path: Path) -> None:
     arguments += ["--steps", 6, "--window", 32, "--prompt", "The quick"]
     result = demo(*arguments)
     assert result.returncode == 0, result.stderr
-    for kind in ("bf16", "nf4", "nf4+dq", "fp4"):
+    for kind in ("bf16", "int8-t0", "int8-t6", "nf4", "nf4+dq", "fp4"):
         assert re.search(rf"^{re.escape(kind)} +[\d.]+ MB +[\d.]+ +[\d.]+$", result.stdout, re.M)
     bits = dict(re.findall(r"^(\S+) +[\d.]+ MB +([\d.]+) ", result.stdout, re.M))
     assert float(bits["bf16"]) == 16.0
+    assert 8.2 < float(bits["int8-t0"]) == float(bits["int8-t6"]) < 8.5
     assert 4.1 < float(bits["nf4+dq"]) < float(bits["nf4"]) == float(bits["fp4"]) < 4.6
     assert result.stdout.count("logits bit-identical") == 2
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")

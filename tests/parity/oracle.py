@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import bitsandbytes as upstream
 import bitsandbytes.functional as F
+import eight_bit
 import optimizers
 import portable
 import torch
@@ -261,7 +262,7 @@ OPS: dict[str, Callable[[Tensors, dict[str, Any]], Answer]] = {
         optim_train,
         optim_facts,
     )
-}
+} | eight_bit.OPS
 
 
 def main(folder: Path) -> int:

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 ops = torch.ops.halfbyte
-NAMES = [name for name in _ops._SCHEMAS if not name.startswith("optimizer_")]  # test_ops_optim.py
+NAMES = [name for name in _ops._SCHEMAS if not name.startswith(("optimizer_", "int8_", "experts_"))]
 
 # As upstream bitsandbytes 0.50.2 has them under torch.ops.bitsandbytes.
 UPSTREAM = """

@@ -1,4 +1,5 @@
-"""The product with a 4-bit weight and its gradient."""
+"""The product with a 4-bit weight and its gradient; the home of the 8-bit one
+(``_matmul_8bit.py``)."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from torch.autograd import forward_ad
 
 from .._ops import bias_grad, failure, ops, save_weight, saved_weight
 from ..functional import _NOT_NESTED, QuantState, _buffer, _nested, dequantize_4bit
+from ._matmul_8bit import GlobalOutlierPooler, MatMul8bitFp, MatMul8bitLt, MatmulLtState, matmul
 
 _matmul_4bit = ops.matmul_4bit.default
 _matmul_4bit_out = ops.matmul_4bit.out
@@ -192,4 +194,12 @@ def _matmul_transposed(
     return result if out is None else out.copy_(result)
 
 
-__all__ = ["MatMul4Bit", "matmul_4bit"]
+__all__ = [
+    "GlobalOutlierPooler",
+    "MatMul4Bit",
+    "MatMul8bitFp",
+    "MatMul8bitLt",
+    "MatmulLtState",
+    "matmul",
+    "matmul_4bit",
+]

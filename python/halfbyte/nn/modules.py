@@ -1,4 +1,4 @@
-"""4-bit parameters and the layers that hold them.
+"""4-bit parameters and the layers that hold them; the home of the 8-bit ones (``_eight_bit.py``).
 
 A :class:`Params4bit` is born with the float weight and packs it on its first move to a device. From
 then on it holds bytes: nothing here ever casts them, re-packs them or loses the
@@ -22,6 +22,7 @@ from ..autograd._functions import matmul_4bit
 from ..functional import QuantState, dequantize_4bit, quantize_4bit
 from ..optim import GlobalOptimManager
 from . import _packed
+from ._eight_bit import Embedding8bit, Int8Params, Linear8bitLt, OutlierAwareLinear, _device
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -37,6 +38,7 @@ __all__ = [
     "Linear8bitLt",
     "LinearFP4",
     "LinearNF4",
+    "OutlierAwareLinear",
     "Params4bit",
     "QuantState",
     "StableEmbedding",
@@ -420,13 +422,6 @@ def _is_logical(data: Tensor, state: QuantState) -> bool:
         and tuple(data.shape) == tuple(state.shape)
         and not _packed.holds(data, state.shape)
     )
-
-
-def _device(kind: str, device: int | torch.device | str | None) -> torch.device:
-    """What ``Tensor.cuda(device)`` and its kin mean by their argument."""
-    if device is None:
-        return torch.device(kind)
-    return torch.device(kind, device) if isinstance(device, int) else torch.device(device)
 
 
 def _rebuild_params4bit(
@@ -1006,63 +1001,3 @@ class Embedding(_StableInit):
             device=device,
         )
         self._keep_32bit_states()
-
-
-def _no_int8(what: str) -> NotImplementedError:
-    return NotImplementedError(
-        f"{what}: LLM.int8() is not in this version of {_PACKAGE}. "
-        "Load the model in 4 bits (Linear4bit, load_in_4bit=True) instead"
-    )
-
-
-class Int8Params(nn.Parameter):
-    """The parameter of LLM.int8(), which this version does not have.
-
-    The class is here because clients test for it (``isinstance``, class names) while they handle
-    4-bit models. Making one raises NotImplementedError.
-    """
-
-    def __new__(
-        cls,
-        data: Tensor | None = None,
-        requires_grad: bool = True,
-        has_fp16_weights: bool = False,
-        CB: Tensor | None = None,
-        SCB: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Int8Params:
-        raise _no_int8("Int8Params")
-
-
-class Linear8bitLt(nn.Linear):
-    """The linear layer of LLM.int8(), which this version does not have.
-
-    As with :class:`Int8Params`, tests against the class work and making one raises
-    NotImplementedError.
-    """
-
-    def __init__(
-        self,
-        input_features: int,
-        output_features: int,
-        bias: bool = True,
-        has_fp16_weights: bool = True,
-        threshold: float = 0.0,
-        index: Any = None,
-        device: torch.device | str | int | None = None,
-    ) -> None:
-        raise _no_int8("Linear8bitLt")
-
-
-class Embedding8bit(nn.Embedding):
-    """The 8-bit embedding, which this version does not have: making one raises
-    NotImplementedError."""
-
-    def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        device: torch.device | str | int | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        raise _no_int8("Embedding8bit")
