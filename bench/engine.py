@@ -16,6 +16,8 @@ The parent process (``run.py``) starts one worker per peer and decides who measu
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import gc
 import importlib
 import importlib.metadata
@@ -331,9 +333,7 @@ class Worker:
         if row.startswith("experts4bit_"):
             self._experts(row, 64, EXPERTS, TOP_K, 256, 256)()
         step = self.step(row)
-        gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-        before = _status("VmRSS")
+        before = _settle()
         result = step()
         peak = _status("VmHWM")
         outputs = _tensor_bytes(result)
@@ -344,9 +344,7 @@ class Worker:
         # Threads and libraries first, with enough work that no thread is left out.
         self._optimizer(row.split("_")[0], 1 << 20).step()
         optimizer = self._optimizer(row, SIDE * SIDE)
-        gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
+        before = _settle()
         optimizer.step()
         peak = _status("VmHWM")
         return {"extra_bytes": max(0, peak - before), "output_bytes": 0}
@@ -411,6 +409,15 @@ def _status(field: str) -> int:
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def _settle() -> int:
+    """Give back what was freed, reset the high-water mark, and return the resident bytes."""
+    gc.collect()
+    with contextlib.suppress(AttributeError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
 
 
 def _tensor_bytes(value: Any) -> int:

@@ -411,8 +411,8 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def main_table(results: list[dict[str, Any]], a: str, b: str, c: str | None) -> str:
-    """Times, ratios and verdicts, those of a third side beside."""
+def main_table(results: list[dict[str, Any]], a: str, b: str, c: tuple[str, str] | None) -> str:
+    """Times, ratios and verdicts; beside them the third side ``c``, its label and short name."""
     rows = []
     for result in results:
         row = ROW_BY_NAME[result["row"]]
@@ -451,7 +451,7 @@ def main_table(results: list[dict[str, Any]], a: str, b: str, c: str | None) -> 
             rows[-1].append(number(against))
     header = ["work", a, b, f"{b} / {a}", "ratio target", "", "target", "", "of the limit"]
     if c is not None:
-        header += [c, f"{b} / {c}"]
+        header += [c[0], f"{b} / {c[1]}"]
     return table(header, rows)
 
 
@@ -479,7 +479,7 @@ def report(record: dict[str, Any]) -> str:
         groups[kind].append(result)
     for kind, results in groups.items():
         if results:
-            c = record["peers"][kind]["label"] if kind in record["peers"] else None
+            c = (record["peers"][kind]["label"], kind) if kind in record["peers"] else None
             parts.append(main_table(results, a, b, c))
     limits = record["limits"]
     parts.append(

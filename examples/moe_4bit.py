@@ -153,7 +153,7 @@ def main() -> None:
         print(f"checkpoint {size / MIB:.1f} MiB; reloaded bit for bit: {same}")
         del again
 
-    base = peft.prepare_model_for_kbit_training(model)
+    base = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     lora = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj"])
     adapted = peft.get_peft_model(base, lora).train()
     optimizer = bnb.optim.AdamW8bit([p for p in adapted.parameters() if p.requires_grad], lr=5e-3)

@@ -109,7 +109,7 @@ def failure(error: Exception) -> Exception:
     wrong Python type never reach it and become a TypeError.
     """
     meant = native.take_error()
-    if meant is not None:
+    if meant is not None and str(meant) in str(error):  # else it was of an op called directly
         return meant
     if isinstance(error, NotImplementedError) and "'Sparse" in str(error):
         return NotImplementedError(

@@ -262,7 +262,52 @@ def _backward_grad_input(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return F.linear(grad, weight), None, None
 
 
+def _setup_bias(at: int) -> Callable[..., None]:
+    """Of a product of which argument ``at`` is the bias: all that backward has to know."""
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.bias_dtype = None if inputs[at] is None else inputs[at].dtype
+        ctx.at, ctx.arguments = at, len(inputs)
+
+    return setup
+
+
+def _backward_bias(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """Codes have no gradient, and statistics are constants, as a weight's are."""
+    grads: list[Any] = [None] * ctx.arguments
+    if ctx.needs_input_grad[ctx.at]:
+        grads[ctx.at] = bias_grad(grad, ctx.bias_dtype)
+    return tuple(grads)
+
+
+def _setup_mixed(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    A, _, CB, _, SCB, outlier_cols, bias = inputs
+    save(ctx, CB, SCB, outlier_cols)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.shape, ctx.dtype = A.shape, A.dtype
+
+
+def _backward_mixed(ctx: Any, grad: Tensor | None, grad_sub: Tensor | None) -> tuple[Any, ...]:
+    """``A`` itself takes part in its outlier columns only: the rest are the codes in ``CA``."""
+    CB, SCB, columns = saved(ctx)
+    grad_A, grad_bias = None, None
+    if ctx.needs_input_grad[0] and columns is not None:
+        grad_A = torch.zeros(ctx.shape, dtype=ctx.dtype, device=CB.device)
+        if grad is not None:
+            part = find("int8_linear_grad_input")(grad, CB.index_select(1, columns), SCB)
+            grad_A = grad_A.index_add(-1, columns, part)
+        if grad_sub is not None:
+            part = grad_sub.reshape(*ctx.shape[:-1], columns.numel())
+            grad_A = grad_A.index_add(-1, columns, part.to(ctx.dtype))
+    if ctx.needs_input_grad[6] and grad is not None:
+        grad_bias = bias_grad(grad, ctx.bias_dtype)
+    return grad_A, None, None, None, None, None, grad_bias
+
+
 GRADIENTS = {
+    "int8_mm_dequant": (_backward_bias, _setup_bias(4)),
+    "int8_scaled_mm": (_backward_bias, _setup_bias(4)),
+    "int8_mixed_scaled_mm": (_backward_mixed, _setup_mixed),
     "int8_linear": (_backward_linear, _setup_linear),
     "int8_linear.outliers": (_backward_linear, _setup_linear),
     "int8_linear_grad_input": (_backward_grad_input, _setup_grad_input),

@@ -480,6 +480,16 @@ def test_dequantize_gives_a_dense_model(load_moe, tokens, tmp_path, bits, reload
     torch.testing.assert_close(logits(again, tokens), got)
 
 
+def test_a_reloaded_model_without_experts_saves_again(load_4bit, tokens, tmp_path):
+    """For which Transformers 5.23 alone raises NotImplementedError."""
+    model = load_4bit()
+    model.save_pretrained(tmp_path / "a")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "a").eval()
+    again.save_pretrained(tmp_path / "b")
+    third = AutoModelForCausalLM.from_pretrained(tmp_path / "b").eval()
+    assert torch.equal(logits(third, tokens), logits(model, tokens))
+
+
 # ---- switches ------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ docs/int8.md. Everything public here has its home in :mod:`._functions`.
 from __future__ import annotations
 
 import warnings
+import weakref
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from .._ops import failure, ops
 from .._ops_base import bias_grad, save, saved
@@ -106,7 +108,8 @@ class MatmulLtState:
     _deprecated_fields: ClassVar[frozenset[str]] = frozenset(
         {"CxB", "CxBt", "formatB", "_tile_indices"}
     )
-    # Which float weight CB was made from; None when a client has set CB.
+    # Which float weight CB was made from, () for one not to be used again; None when a client has
+    # set CB.
     _made_from: Any = field(default=None, init=False, repr=False, compare=False)
 
     def __getattr__(self, name: str) -> Any:
@@ -141,11 +144,39 @@ def _deprecated(name: str) -> None:
     )
 
 
-def _identity(weight: Tensor) -> Any:
-    """Changes when ``weight`` is written to or replaced; None when that cannot be known."""
-    if weight.is_inference():
-        return None
-    return weight.data_ptr(), weight._version, weight.dtype
+class _Origin:
+    """Which float weight codes were made from, and in which state of it.
+
+    Seen: another tensor, even one in the memory of a tensor that is gone; writes to the tensor or a
+    view of it; other data assigned to ``weight.data``, whatever its address. Not seen: what leaves
+    no trace in any of these, as writes through ``weight.data`` and torch's fused optimizers do.
+    """
+
+    __slots__ = ("_facts", "_storage", "_tensor")
+
+    def __init__(self, weight: Tensor) -> None:
+        # While these are held, no other tensor and no other storage can have the same address.
+        self._tensor = weakref.ref(weight)
+        self._storage = StorageWeakRef(weight.untyped_storage())
+        self._facts = _facts(weight)
+
+    def is_still(self, weight: Tensor) -> bool:
+        """Whether ``weight`` is that weight, unchanged."""
+        return (
+            self._tensor() is weight
+            and self._facts == _facts(weight)
+            and self._storage.cdata == weight.untyped_storage()._cdata
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> tuple[()]:
+        return ()  # a copied state is that of a copied weight
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return tuple, ()
+
+
+def _facts(weight: Tensor) -> tuple[Any, ...]:
+    return weight.data_ptr(), weight._version, weight.dtype, weight.shape, weight.stride()
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,11 +215,12 @@ def dequantize_weight(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tens
     return decoded.view(shape).to(dtype)
 
 
-def _quantized(B: Tensor, state: MatmulLtState) -> tuple[Tensor, Tensor]:
+def _quantized(B: Tensor, state: MatmulLtState, trained: bool = False) -> tuple[Tensor, Tensor]:
     """The quantized weight of a product with ``B``: the state's, or made from ``B`` and kept there.
 
-    A float weight is quantized again when it has changed. While training it is in each forward:
-    writing through ``.data``, as hand-made optimizers do, changes it without a trace.
+    A float weight is quantized again when it has changed. While training, and with ``trained`` (the
+    product is recorded for a gradient of ``B``), it is in each forward, and what is made there is
+    not used again: torch's fused optimizers and writes through ``.data`` change it without a trace.
     """
     CB, SCB = state.CB, state.SCB
     if not B.is_floating_point():
@@ -202,13 +234,19 @@ def _quantized(B: Tensor, state: MatmulLtState) -> tuple[Tensor, Tensor]:
                 "missing: neither state.SCB nor B.SCB is set"
             )
         return CB, SCB
+    changing = state.has_fp16_weights and state.is_training
     if CB is not None and SCB is not None:
-        changes = state.has_fp16_weights and state.is_training
-        if not changes and (state._made_from is None or state._made_from == _identity(B)):
+        origin = state._made_from
+        if origin is None:
+            if not changing:
+                return CB, SCB
+        elif origin and not (changing or trained) and origin.is_still(B):
             return CB, SCB
     CB, SCB = quantize_weight(B)
     state.reset_grads()
-    state.CB, state.SCB, state._made_from = CB, SCB, _identity(B) or ()
+    state.CB, state.SCB = CB, SCB
+    # Tensors made under inference_mode() do not count writes.
+    state._made_from = () if changing or trained or B.is_inference() else _Origin(B)
     return CB, SCB
 
 
@@ -250,9 +288,9 @@ class MatMul8bitLt(torch.autograd.Function):
         state: MatmulLtState | None = None,
     ) -> Tensor:
         state = MatmulLtState() if state is None else state
-        CB, SCB = _quantized(B, state)
-        result = _run(A, CB, SCB, bias, state)
         needs_A, needs_B, *_ = ctx.needs_input_grad
+        CB, SCB = _quantized(B, state, needs_B)
+        result = _run(A, CB, SCB, bias, state)
         save(ctx, *((CB, SCB) if needs_A else (None, None)), A if needs_B else None)
         ctx.dtypes = B.dtype, None if bias is None else bias.dtype
         if out is None:
@@ -291,10 +329,10 @@ class MatMul8bitFp(torch.autograd.Function):
         state: MatmulLtState | None = None,
     ) -> Tensor:
         state = MatmulLtState() if state is None else state
-        CB, SCB = _quantized(B, state)
+        needs_A, needs_B, *_ = ctx.needs_input_grad
+        CB, SCB = _quantized(B, state, needs_B)
         weight = dequantize_weight(CB, SCB, A.dtype)
         result = F.linear(A, weight, None if bias is None else bias.to(A.dtype))
-        needs_A, needs_B, *_ = ctx.needs_input_grad
         save(ctx, *((CB, SCB) if needs_A else (None, None)), A if needs_B else None)
         ctx.dtypes = B.dtype, None if bias is None else bias.dtype
         if out is None:
@@ -365,9 +403,10 @@ def matmul(
     """``A · W^T + bias`` by LLM.int8(), in the dtype of ``A``.
 
     The quantized weight is ``state.CB`` and ``state.SCB`` if they are set; otherwise it is made
-    from ``B`` and kept there. It is made again when ``B`` has changed, and with
-    ``state.has_fp16_weights`` and ``state.is_training`` in each forward. Outside training, writing
-    through ``B.data`` goes unnoticed: call ``state.reset_grads()`` after that.
+    from ``B`` and kept there. It is made again when ``B`` is another tensor or has changed, and in
+    each forward when ``state.has_fp16_weights`` and ``state.is_training`` are set or the gradient
+    of ``B`` is recorded. Between other calls, writes through ``B.data`` and steps of torch's fused
+    optimizers leave no trace: call ``state.reset_grads()`` after them.
 
     Differentiable in ``A``, ``bias`` and a float ``B``.
 
@@ -382,13 +421,15 @@ def matmul(
         bias: ``[out_features]``, floating.
 
     Raises:
-        TypeError: ``A`` or a weight to quantize is not floating-point.
+        TypeError: ``A`` or a weight to quantize is not a floating-point tensor.
         ValueError: shapes do not fit each other, or the scales of an int8 weight are missing.
     """
     if state is None:
         state = MatmulLtState()
     if threshold > 0.0:
         state.threshold = threshold
+    if not isinstance(A, Tensor):
+        raise TypeError(f"A must be a floating-point tensor, got {type(A).__name__}")
     if A.dtype not in _FUSED:
         if not A.is_floating_point():
             raise TypeError(f"A must be a floating-point tensor, got {A.dtype}")

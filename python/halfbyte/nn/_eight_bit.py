@@ -538,8 +538,10 @@ class Linear8bitLt(_EightBitWeight, nn.Linear):
 
     The first move to a device quantizes the weight, which has no gradient from then on; inputs and
     bias do. With ``has_fp16_weights`` it stays a float parameter that can be trained, and is
-    quantized for the products: while training anew for each, else when it has changed (which
-    writing through ``weight.data`` hides: call ``state.reset_grads()`` after that).
+    quantized for the products: anew for each while training and wherever its gradient is recorded,
+    else when it has changed. Between two such products of which no gradient is recorded, writes
+    through ``weight.data`` and steps of torch's fused optimizers leave no trace: call
+    ``state.reset_grads()`` after them.
 
     ``state`` has the threshold, the quantized weight (``CB``, ``SCB``) and the outlier columns of
     the last input (``idx``); see :class:`~..autograd._functions.MatmulLtState`.

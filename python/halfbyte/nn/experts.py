@@ -37,6 +37,7 @@ __all__ = [
     "Experts4bitParametrization",
     "Experts8bit",
     "Experts8bitParametrization",
+    "dequantize_parameters",
     "experts_matmul",
     "quantize_experts_4bit",
     "quantize_experts_8bit",

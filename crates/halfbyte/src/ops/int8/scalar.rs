@@ -58,7 +58,9 @@ pub(super) fn quantize_rows<T: Element>(
         *r = stat(a.iter().copied(), threshold);
         let scale = scale(*r);
         codes.iter_mut().zip(a).for_each(|(q, &a)| *q = code(a, scale));
-        outliers.iter().for_each(|&c| codes[c] = 0);
+        for &c in &outliers {
+            codes[c] = 0;
+        }
     }
     outliers
 }
@@ -94,16 +96,6 @@ pub(super) fn dequantize_rows<T: Element>(
 /// One exact sum of products.
 pub(super) fn dot(a: &[i8], b: &[i8]) -> i32 {
     a.iter().zip(b).map(|(&a, &b)| i32::from(a) * i32::from(b)).sum()
-}
-
-pub(super) fn matmul(a: &[i8], b: &[i8], depth: usize, out: &mut [i32]) {
-    if depth == 0 {
-        return out.fill(0);
-    }
-    let n = b.len() / depth;
-    for (i, out) in out.iter_mut().enumerate() {
-        *out = dot(&a[i / n * depth..][..depth], &b[i % n * depth..][..depth]);
-    }
 }
 
 /// What a row's sums are multiplied by, before the column's scale.

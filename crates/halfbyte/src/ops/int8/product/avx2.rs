@@ -1,9 +1,8 @@
 //! AVX2: tiles of 6 rows by 16 outputs, codes widened to int16 as they are packed. `vpmaddwd` adds
 //! two products into an int32, which cannot overflow. (`vpmaddubsw`, on bytes, saturates.)
 
-use super::{LANES, Line, Micro, TOGETHER};
+use super::{Coming, LANES, Line, Micro, STEP, TOGETHER};
 use crate::Element;
-use crate::ops::ahead::{Ahead, prefetch};
 #[allow(clippy::wildcard_imports)] // the vocabulary of the file
 use std::arch::x86_64::*;
 
@@ -12,8 +11,6 @@ pub(super) struct Avx2;
 const ROWS: usize = 6;
 /// Lanes of a register: half a line.
 const HALF: usize = 8;
-/// Groups of columns between two looks ahead.
-const STEP: usize = 16;
 
 impl Micro for Avx2 {
     const ROWS: usize = ROWS;
@@ -42,7 +39,13 @@ impl Micro for Avx2 {
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn multiply(rows: &[i32], panel: &[Line], sums: &mut [Line], ahead: &Ahead) {
+    unsafe fn multiply(
+        rows: &[i32],
+        panel: &[Line],
+        sums: &mut [Line],
+        _: usize,
+        coming: &mut Coming,
+    ) {
         let rows = rows.as_chunks::<ROWS>().0;
         let sums: &mut [Line; ROWS] = sums.try_into().expect("a tile of sums");
         let mut tile = [[_mm256_setzero_si256(); 2]; ROWS];
@@ -50,8 +53,8 @@ impl Micro for Avx2 {
             tile[m] = [load(&sums[m], 0), load(&sums[m], 1)];
         }
         let stretches = rows.chunks(STEP).zip(panel.chunks(STEP));
-        for ((rows, panel), ahead) in stretches.zip(ahead.steps(rows.len().div_ceil(STEP))) {
-            prefetch(ahead);
+        for (rows, panel) in stretches {
+            coming.step();
             for (rows, weights) in rows.iter().zip(panel) {
                 let weights = [load(weights, 0), load(weights, 1)];
                 for m in 0..ROWS {
@@ -110,9 +113,11 @@ impl Micro for Avx2 {
         for (i, value) in values.iter_mut().enumerate() {
             let mut v = [float(value, 0), float(value, 1)];
             for (x, columns) in row.iter().zip(columns.chunks_exact(lines)) {
-                for h in 0..2 {
-                    v[h] = _mm256_fmadd_ps(_mm256_set1_ps(*x), float(&columns[i], h), v[h]);
-                }
+                let x = _mm256_set1_ps(*x);
+                v = [
+                    _mm256_fmadd_ps(x, float(&columns[i], 0), v[0]),
+                    _mm256_fmadd_ps(x, float(&columns[i], 1), v[1]),
+                ];
             }
             store(value, 0, _mm256_castps_si256(v[0]));
             store(value, 1, _mm256_castps_si256(v[1]));
@@ -186,8 +191,9 @@ fn widen(codes: &[i8]) -> __m256i {
 #[inline]
 #[target_feature(enable = "avx2")]
 fn load(line: &Line, half: usize) -> __m256i {
-    // SAFETY: a line is two registers, aligned.
-    unsafe { _mm256_load_si256(line.0.as_ptr().cast::<__m256i>().add(half & 1)) }
+    let halves = line.0.as_chunks::<HALF>().0;
+    // SAFETY: half a line is a register.
+    unsafe { _mm256_loadu_si256(halves[half].as_ptr().cast()) }
 }
 
 #[inline]
@@ -199,8 +205,9 @@ fn float(line: &Line, half: usize) -> __m256 {
 #[inline]
 #[target_feature(enable = "avx2")]
 fn store(line: &mut Line, half: usize, v: __m256i) {
-    // SAFETY: a line is two registers, aligned.
-    unsafe { _mm256_store_si256(line.0.as_mut_ptr().cast::<__m256i>().add(half & 1), v) }
+    let halves = line.0.as_chunks_mut::<HALF>().0;
+    // SAFETY: half a line is a register.
+    unsafe { _mm256_storeu_si256(halves[half].as_mut_ptr().cast(), v) }
 }
 
 /// The wrapping sum of all lanes.

@@ -2,9 +2,8 @@
 //! broadcast (a load, which needs no arithmetic port) leave both multiply-add ports busy: 24
 //! `vpdpbusd` on 14 loads. It multiplies unsigned by signed bytes, so weights are lifted by 128.
 
-use super::{LANES, Line, Micro, TOGETHER};
+use super::{Coming, LANES, Line, Micro, STEP, TOGETHER};
 use crate::Element;
-use crate::ops::ahead::{Ahead, prefetch};
 #[allow(clippy::wildcard_imports)] // the vocabulary of the file
 use std::arch::x86_64::*;
 
@@ -17,8 +16,6 @@ pub(super) fn is_available() -> bool {
 
 const ROWS: usize = 12;
 const LINES: usize = 2;
-/// Groups of columns between two looks ahead.
-const STEP: usize = 8;
 
 impl Micro for Avx512 {
     const ROWS: usize = ROWS;
@@ -42,7 +39,7 @@ impl Micro for Avx512 {
                     *v = unsafe { _mm512_maskz_loadu_epi8(mask, row.as_ptr().add(start)) };
                 }
                 let lift = _mm512_set1_epi8(i8::MIN);
-                let square = transpose(square);
+                let square = transpose(&square);
                 let lines = panel[start / 4 * LINES..].iter_mut().skip(line).step_by(LINES);
                 for (line, v) in lines.zip(square) {
                     store(line, _mm512_xor_si512(v, lift));
@@ -52,33 +49,17 @@ impl Micro for Avx512 {
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-    unsafe fn multiply(rows: &[i32], panel: &[Line], sums: &mut [Line], ahead: &Ahead) {
-        let (rows, panel) = (rows.as_chunks::<ROWS>().0, panel.as_chunks::<LINES>().0);
-        let sums: &mut [[Line; LINES]; ROWS] =
-            sums.as_chunks_mut().0.try_into().expect("a tile of sums");
-        let mut tile = [[_mm512_setzero_si512(); LINES]; ROWS];
-        for m in 0..ROWS {
-            for l in 0..LINES {
-                tile[m][l] = load(&sums[m][l]);
-            }
-        }
-        let stretches = rows.chunks(STEP).zip(panel.chunks(STEP));
-        for ((rows, panel), ahead) in stretches.zip(ahead.steps(rows.len().div_ceil(STEP))) {
-            prefetch(ahead);
-            for (rows, weights) in rows.iter().zip(panel) {
-                let weights = [load(&weights[0]), load(&weights[1])];
-                for m in 0..ROWS {
-                    let row = _mm512_set1_epi32(rows[m]);
-                    for l in 0..LINES {
-                        tile[m][l] = _mm512_dpbusd_epi32(tile[m][l], weights[l], row);
-                    }
-                }
-            }
-        }
-        for m in 0..ROWS {
-            for l in 0..LINES {
-                store(&mut sums[m][l], tile[m][l]);
-            }
+    unsafe fn multiply(
+        rows: &[i32],
+        panel: &[Line],
+        sums: &mut [Line],
+        used: usize,
+        coming: &mut Coming,
+    ) {
+        match used {
+            0..=4 => tile::<4>(rows, panel, sums, coming),
+            5..=8 => tile::<8>(rows, panel, sums, coming),
+            _ => tile::<ROWS>(rows, panel, sums, coming),
         }
     }
 
@@ -190,6 +171,39 @@ impl Micro for Avx512 {
     }
 }
 
+/// The first `R` rows of a tile.
+#[inline]
+#[target_feature(enable = "avx512f,avx512vnni")]
+fn tile<const R: usize>(rows: &[i32], panel: &[Line], sums: &mut [Line], coming: &mut Coming) {
+    let (rows, panel) = (rows.as_chunks::<ROWS>().0, panel.as_chunks::<LINES>().0);
+    let sums: &mut [[Line; LINES]; ROWS] =
+        sums.as_chunks_mut().0.try_into().expect("a tile of sums");
+    let mut tile = [[_mm512_setzero_si512(); LINES]; R];
+    for m in 0..R {
+        for l in 0..LINES {
+            tile[m][l] = load(&sums[m][l]);
+        }
+    }
+    let stretches = rows.chunks(STEP).zip(panel.chunks(STEP));
+    for (rows, panel) in stretches {
+        coming.step();
+        for (rows, weights) in rows.iter().zip(panel) {
+            let weights = [load(&weights[0]), load(&weights[1])];
+            for m in 0..R {
+                let row = _mm512_set1_epi32(rows[m]);
+                for l in 0..LINES {
+                    tile[m][l] = _mm512_dpbusd_epi32(tile[m][l], weights[l], row);
+                }
+            }
+        }
+    }
+    for m in 0..R {
+        for l in 0..LINES {
+            store(&mut sums[m][l], tile[m][l]);
+        }
+    }
+}
+
 /// Adds the products of 64 columns of every row with every weight. The rows hold 64 from `start`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512vnni")]
@@ -245,7 +259,7 @@ fn store(line: &mut Line, v: __m512i) {
 /// A square of 32-bit lanes: `out[i][j] = rows[j][i]`.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn transpose(r: [__m512i; LANES]) -> [__m512i; LANES] {
+fn transpose(r: &[__m512i; LANES]) -> [__m512i; LANES] {
     // 4x4 squares within the 128-bit quarters: quarter q of s[4 * i + c] is column 4 * q + c of
     // rows 4 * i ..
     let mut s = [_mm512_setzero_si512(); LANES];

@@ -7,7 +7,7 @@
 //!         for each panel of these outputs:
 //!             sums = 0
 //!             for each stretch of DEPTH columns:
-//!                 panel = those weights, as the tile reads them             (in L2)
+//!                 panel = those weights, as the tile reads them             (in L1)
 //!                 for each tile of rows: sums += tile · panel               (in registers)
 //!             sums = sums * scales
 //!             for each stretch of OUTLIERS outlier columns:
@@ -20,8 +20,7 @@
 //! [`BATCH`] rows at a time, and keep one vector of sums for each (row, output): packing would cost
 //! more than the product.
 //!
-//! While one tile is multiplied, a few of the lines that the next panel is packed from are asked
-//! for ([`Ahead`]).
+//! While tiles are multiplied, what the next panel is packed from is asked for ([`Coming`]).
 //!
 //! Where an instruction multiplies unsigned by signed bytes (VNNI), the weight is stored with 128
 //! added ([`Micro::LIFT`]) and the sums start at -128 times the sum of the row's codes. Wrapping
@@ -34,6 +33,8 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 #[cfg(target_arch = "aarch64")]
+mod i8mm;
+#[cfg(target_arch = "aarch64")]
 mod neon;
 #[cfg(test)]
 mod tests;
@@ -41,7 +42,6 @@ mod tests;
 use super::{Weight8, decode, rows, scalar};
 use crate::Element;
 use crate::isa::Isa;
-use crate::ops::ahead::Ahead;
 use crate::threads::{self, Chunks, Shared};
 use std::cell::Cell;
 use std::ops::Range;
@@ -56,10 +56,12 @@ impl Line {
     const ZERO: Self = Self([0; LANES]);
 }
 
-/// Packed rows of a pass, in bytes: with the panels, less than 1 MiB a thread from two threads on.
-const PASS: usize = 1 << 20;
-/// Columns of one stretch: a panel of them (128 or 256 KiB) stays in L2.
-const DEPTH: usize = 4096;
+/// Packed rows of a pass, in bytes. Every pass packs the weight anew.
+const PASS: usize = 2 << 20;
+/// Columns of one stretch: a panel of them (32 KiB) stays in L1 while tiles stream past.
+const DEPTH: usize = 1024;
+/// Groups of columns between two looks at what is coming.
+const STEP: usize = 8;
 /// Outlier columns of one stretch.
 const OUTLIERS: usize = 1024;
 /// The most rows that read the weight as it lies.
@@ -95,7 +97,15 @@ trait Micro: 'static {
 
     /// `sums[m][n] += Σ rows[g][m] · panel[g][n]`, wrapping, for `ROWS` rows and `LINES` lines.
     /// `rows` holds [`ROWS`](Self::ROWS) lanes a group.
-    unsafe fn multiply(rows: &[i32], panel: &[Line], sums: &mut [Line], ahead: &Ahead);
+    ///
+    /// Only the first `used` rows count; the others' sums may become anything.
+    unsafe fn multiply(
+        rows: &[i32],
+        panel: &[Line],
+        sums: &mut [Line],
+        used: usize,
+        coming: &mut Coming,
+    );
 
     /// `values[m][n] = fma(rows[j][m], columns[j][n], values[m][n])` for each `j` in order.
     unsafe fn multiply_add(rows: &[f32], columns: &[Line], values: &mut [Line]);
@@ -174,20 +184,85 @@ pub(super) struct Left<'a, T> {
     pub depth: usize,
 }
 
+/// Rows of weights that are read soon. A tile asks for a few of their lines at every step, into L2:
+/// without an array of addresses, whose upkeep would cost what it gains.
+struct Coming {
+    at: *const i8,
+    /// Lines of a row, and those left of the present one.
+    row_lines: usize,
+    left: usize,
+    /// From behind a row to the next one.
+    skip: usize,
+    lines: usize,
+    per_step: usize,
+}
+
+impl Coming {
+    /// Columns `columns` of rows `rows`, in about `steps` steps.
+    fn new(
+        weight: &Weight8<'_>,
+        rows: &Range<usize>,
+        columns: &Range<usize>,
+        steps: usize,
+    ) -> Self {
+        const LINE: usize = size_of::<Line>();
+        const MOST: usize = 2;
+        let row_lines = columns.len().div_ceil(LINE);
+        let lines = rows.len() * row_lines;
+        Self {
+            at: weight.codes.as_ptr().wrapping_add(rows.start * weight.in_features + columns.start),
+            row_lines,
+            left: row_lines,
+            skip: weight.in_features.wrapping_sub(row_lines * LINE),
+            lines,
+            per_step: lines.div_ceil(steps.max(1)).min(MOST),
+        }
+    }
+
+    /// Asks for the lines of one step.
+    #[inline]
+    fn step(&mut self) {
+        for _ in 0..self.per_step.min(self.lines) {
+            #[cfg(target_arch = "x86_64")]
+            #[allow(unused_unsafe)] // newer compilers know that it is safe
+            // SAFETY: a hint, of any address whatever.
+            unsafe {
+                use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+                _mm_prefetch::<_MM_HINT_T1>(self.at);
+            }
+            #[cfg(target_arch = "aarch64")]
+            // SAFETY: a hint, of any address whatever. (The intrinsic is not stable.)
+            unsafe {
+                std::arch::asm!(
+                    "prfm pldl2keep, [{}]",
+                    in(reg) self.at,
+                    options(nostack, preserves_flags, readonly)
+                );
+            }
+            self.at = self.at.wrapping_add(size_of::<Line>());
+            self.lines -= 1;
+            self.left -= 1;
+            if self.left == 0 {
+                self.left = self.row_lines;
+                self.at = self.at.wrapping_add(self.skip);
+            }
+        }
+    }
+}
+
 impl<T: Element> Left<'_, T> {
     /// The codes of row `i`, quantized under `stat`. Outlier columns of given codes are taken as
     /// they are.
     fn row(&self, isa: Isa, i: usize, stat: f32, outliers: &[usize], codes: &mut [i8]) {
         let at = i * self.depth..(i + 1) * self.depth;
-        match self.codes {
-            Some(all) => codes.copy_from_slice(&all[at]),
-            None => {
-                // SAFETY: `isa` was detected on this machine.
-                unsafe { rows::encode(isa, &self.input[at], scalar::scale(stat), codes) };
-                for &j in outliers {
-                    codes[j] = 0;
-                }
-            }
+        if let Some(all) = self.codes {
+            codes.copy_from_slice(&all[at]);
+            return;
+        }
+        // SAFETY: `isa` was detected on this machine.
+        unsafe { rows::encode(isa, &self.input[at], scalar::scale(stat), codes) };
+        for &j in outliers {
+            codes[j] = 0;
         }
     }
 
@@ -250,6 +325,10 @@ pub(super) fn run<T: Element, O: Product>(
         }
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 | Isa::Avx2 => Engine::<T, O, avx2::Avx2>::run(isa, left, order, groups, &out),
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon if i8mm::is_available() => {
+            Engine::<T, O, i8mm::I8mm>::run(isa, left, order, groups, &out);
+        }
         #[cfg(target_arch = "aarch64")]
         Isa::Neon if neon::has_dot() => {
             Engine::<T, O, neon::Neon<true>>::run(isa, left, order, groups, &out);
@@ -616,7 +695,6 @@ impl<'a, T: Element, O: Target, M: Micro> Engine<'a, T, O, M> {
         for (m, row) in sums.chunks_exact_mut(M::LINES).enumerate() {
             row.fill(Line([*starts.get(m).unwrap_or(&0); LANES]));
         }
-        let mut ahead = Ahead::new();
         for start in (0..depth).step_by(DEPTH) {
             let now = start..depth.min(start + DEPTH);
             let mut rows = [&[][..]; 2 * LANES];
@@ -629,20 +707,17 @@ impl<'a, T: Element, O: Target, M: Micro> Engine<'a, T, O, M> {
             // SAFETY: `M` is of the instruction set that `isa` detected on this machine.
             unsafe { M::pack_panel(&rows[..outputs.len()], panel) };
             // The next stretch of the same outputs, or the first of the next ones.
-            let (coming, columns) = match now.end {
+            let (rows, columns) = match now.end {
                 end if end < depth => (outputs, end..depth.min(end + DEPTH)),
                 _ => (next, 0..depth.min(DEPTH)),
             };
+            let mut coming = Coming::new(weight, rows, &columns, tiles * groups.div_ceil(STEP));
             for (tile, sums) in sums.chunks_exact_mut(M::ROWS * M::LINES).enumerate() {
-                ahead.clear();
-                let share = |i: usize| coming.start + coming.len() * i / tiles;
-                for o in share(tile)..share(tile + 1) {
-                    ahead.push(weight.row(o), columns.clone());
-                }
                 let at = part.codes + tile * self.tile_lanes() + start / M::GROUP * M::ROWS;
                 let rows = &packed.codes[at..][..groups * M::ROWS];
+                let used = part.rows.len() - tile * M::ROWS;
                 // SAFETY: as above.
-                unsafe { M::multiply(rows, panel, sums, &ahead) };
+                unsafe { M::multiply(rows, panel, sums, used, &mut coming) };
             }
         }
     }

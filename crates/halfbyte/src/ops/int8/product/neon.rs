@@ -1,11 +1,11 @@
 //! AArch64 Advanced SIMD: tiles of 6 rows by 16 outputs, 24 registers of sums. With the dot product
 //! extension (`sdot`, `DOT`) four columns take one instruction; without, int16 products are added
-//! in pairs, twice. No step can overflow: two products of int8 are at most 2^15, as int32 (`sadalp`
-//! and `saddlp` widen before they add).
+//! in pairs, twice. No step can overflow: a product of two int8 is at most 2^14 as int16, and
+//! `saddlp` widens before it adds. Tested under qemu with and without `sdot`; never run on hardware
+//! so far (November 2026).
 
-use super::{LANES, Line, Micro, TOGETHER};
+use super::{Coming, LANES, Line, Micro, STEP, TOGETHER};
 use crate::Element;
-use crate::ops::ahead::{Ahead, prefetch};
 #[allow(clippy::wildcard_imports)] // the vocabulary of the file
 use std::arch::aarch64::*;
 
@@ -16,11 +16,9 @@ pub(super) fn has_dot() -> bool {
     std::arch::is_aarch64_feature_detected!("dotprod")
 }
 
-const ROWS: usize = 6;
+pub(super) const ROWS: usize = 6;
 /// Registers of a line.
-const QUARTERS: usize = 4;
-/// Groups of columns between two looks ahead.
-const STEP: usize = 8;
+pub(super) const QUARTERS: usize = 4;
 
 impl<const DOT: bool> Micro for Neon<DOT> {
     const ROWS: usize = ROWS;
@@ -45,7 +43,13 @@ impl<const DOT: bool> Micro for Neon<DOT> {
         }
     }
 
-    unsafe fn multiply(rows: &[i32], panel: &[Line], sums: &mut [Line], ahead: &Ahead) {
+    unsafe fn multiply(
+        rows: &[i32],
+        panel: &[Line],
+        sums: &mut [Line],
+        _: usize,
+        coming: &mut Coming,
+    ) {
         let rows = rows.as_chunks::<ROWS>().0;
         let sums: &mut [Line; ROWS] = sums.try_into().expect("a tile of sums");
         let mut tile = [[zero(); QUARTERS]; ROWS];
@@ -53,8 +57,8 @@ impl<const DOT: bool> Micro for Neon<DOT> {
             tile[m] = load(&sums[m]);
         }
         let stretches = rows.chunks(STEP).zip(panel.chunks(STEP));
-        for ((rows, panel), ahead) in stretches.zip(ahead.steps(rows.len().div_ceil(STEP))) {
-            prefetch(ahead);
+        for (rows, panel) in stretches {
+            coming.step();
             for (rows, weights) in rows.iter().zip(panel) {
                 let weights = load(weights);
                 for m in 0..ROWS {
@@ -217,20 +221,20 @@ fn sixteen(codes: &[i8]) -> int8x16_t {
 }
 
 #[inline]
-fn zero() -> int32x4_t {
+pub(super) fn zero() -> int32x4_t {
     // SAFETY: part of the base architecture.
     unsafe { vdupq_n_s32(0) }
 }
 
 #[inline]
-fn load(line: &Line) -> [int32x4_t; QUARTERS] {
+pub(super) fn load(line: &Line) -> [int32x4_t; QUARTERS] {
     let at = line.0.as_ptr();
     // SAFETY: part of the base architecture; a line is four registers.
     unsafe { [vld1q_s32(at), vld1q_s32(at.add(4)), vld1q_s32(at.add(8)), vld1q_s32(at.add(12))] }
 }
 
 #[inline]
-fn store(line: &mut Line, v: [int32x4_t; QUARTERS]) {
+pub(super) fn store(line: &mut Line, v: [int32x4_t; QUARTERS]) {
     for (to, v) in line.0.as_chunks_mut::<4>().0.iter_mut().zip(v) {
         // SAFETY: part of the base architecture; the array is one register.
         unsafe { vst1q_s32(to.as_mut_ptr(), v) }
