@@ -244,7 +244,7 @@ fn int8_vectorwise_dequant_dtype(
 
 fn int8_linear_matmul(a: Tensor, b: Tensor) -> Result<Tensor> {
     let (n, k) = matrix(&b, "B")?;
-    product_shape(&a, (k, n), |shape, _| {
+    product_shape(&a, "A", (k, n), |shape, _| {
         let (a, b) = (a.read("A")?, b.read("B")?);
         let (a, b) = (a.slice()?, b.slice()?);
         let out = Tensor::empty(shape, i32::scalar_type())?;
@@ -256,7 +256,7 @@ fn int8_linear_matmul(a: Tensor, b: Tensor) -> Result<Tensor> {
 
 fn int8_linear_matmul_out(a: Tensor, b: Tensor, out: Tensor) -> Result<()> {
     let (n, k) = matrix(&b, "B")?;
-    product_shape(&a, (k, n), |shape, _| {
+    product_shape(&a, "A", (k, n), |shape, _| {
         expect_shape(&out, shape)?;
         let (a, b) = (a.read("A")?, b.read("B")?);
         let mut out = out.write("out")?;
@@ -305,7 +305,7 @@ fn int8_scaled_mm(
     let readable = Readable::new(&b, &col_stats, ("B", "col_stats"))?;
     let weight = readable.weight()?;
     let (n, k) = (weight.out_features(), weight.in_features());
-    product_shape(&a, (k, n), |shape, rows| {
+    product_shape(&a, "A", (k, n), |shape, rows| {
         let (codes, row_stats) = (a.read("A")?, row_stats.read("row_stats")?);
         let codes = codes.slice()?;
         let row_stats = stats(&row_stats, "row_stats", rows, format_args!("row of A"))?;
@@ -344,7 +344,7 @@ fn int8_mixed_scaled_mm(
             codes.sizes()?
         )));
     }
-    product_shape(&codes, (k, n), |shape, rows| {
+    product_shape(&codes, "CA", (k, n), |shape, rows| {
         let (codes, row_stats) = (codes.read("CA")?, row_stats.read("SCA")?);
         let codes = codes.slice()?;
         let row_stats = stats(&row_stats, "SCA", rows, format_args!("row of CA"))?;
@@ -392,7 +392,7 @@ fn linear(
     let readable = Readable::new(weight, scales, LINEAR)?;
     let weight = readable.weight()?;
     let (n, k) = (weight.out_features(), weight.in_features());
-    product_shape(a, (k, n), |shape, rows| {
+    product_shape(a, "A", (k, n), |shape, rows| {
         let input = a.read("A")?;
         let out = Tensor::empty(shape, input.dtype())?;
         use_torch_threads();
@@ -431,7 +431,8 @@ fn int8_linear_outliers(
 fn int8_linear_grad_input(grad_output: Tensor, weight: Tensor, scales: Tensor) -> Result<Tensor> {
     let readable = Readable::new(&weight, &scales, LINEAR)?;
     let weight = readable.weight()?;
-    product_shape(&grad_output, (weight.out_features(), weight.in_features()), |shape, rows| {
+    let (n, k) = (weight.out_features(), weight.in_features());
+    product_shape(&grad_output, "grad_output", (n, k), |shape, rows| {
         let grad = grad_output.read("grad_output")?;
         let out = Tensor::empty(shape, grad.dtype())?;
         use_torch_threads();

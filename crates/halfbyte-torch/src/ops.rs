@@ -596,20 +596,21 @@ enum Product {
     GradInput,
 }
 
-/// The shape of the product: the leading dimensions of `a`, then the features.
+/// The shape of the product: the leading dimensions of `a`, which messages call `what`, then the
+/// features.
 pub(crate) fn product_shape<R>(
     a: &Tensor,
+    what: &str,
     (inner, outer): (usize, usize),
     f: impl FnOnce(&[i64], usize) -> Result<R>,
 ) -> Result<R> {
     let sizes = a.sizes()?;
     let Some((&last, leading)) = sizes.split_last() else {
-        return Err(Error::Value("A must have at least one dimension, got none".into()));
+        return Err(Error::Value(format!("{what} must have at least one dimension, got none")));
     };
     if last as usize != inner {
         return Err(Error::Value(format!(
-            "the last dimension of A must be {inner}, the weight's other one being {outer}, got \
-             A of shape {sizes:?}"
+            "the last dimension of {what} must be {inner}, got {what} of shape {sizes:?}"
         )));
     }
     let rows = elements(leading)?;
@@ -637,7 +638,8 @@ fn product(
     let operand = weight.matrix(rows, columns)?;
     let sides = if kind == Product::Forward { (columns, rows) } else { (rows, columns) };
     let dtype = a.dtype()?;
-    product_shape(a, sides, |result_shape, n| {
+    let what = if kind == Product::Forward { "A" } else { "grad_output" };
+    product_shape(a, what, sides, |result_shape, n| {
         let fresh = match out {
             Some(out) => {
                 expect_shape(out, result_shape)?;

@@ -60,8 +60,31 @@ impl ScalarType {
         known()
             .iter()
             .find(|k| k.code == self)
-            .map_or_else(|| format!("dtype number {}", self.0), |k| k.name.to_owned())
+            .map_or_else(|| foreign_name(self.0), |k| k.name.to_owned())
     }
+}
+
+/// What `PyTorch` calls a dtype that no op here takes; its numbers are part of its file format.
+fn foreign_name(number: i32) -> String {
+    let name = match number {
+        8 => "complex32",
+        9 => "complex64",
+        10 => "complex128",
+        12 => "qint8",
+        13 => "quint8",
+        14 => "qint32",
+        23 => "float8_e5m2",
+        24 => "float8_e4m3fn",
+        25 => "float8_e5m2fnuz",
+        26 => "float8_e4m3fnuz",
+        27 => "uint16",
+        28 => "uint32",
+        29 => "uint64",
+        44 => "float8_e8m0fnu",
+        45 => "float4_e2m1fn_x2",
+        _ => return format!("dtype number {number}"),
+    };
+    name.to_owned()
 }
 
 /// Rust types that tensors hold.

@@ -31,6 +31,7 @@ use crate::code::Code4;
 use crate::element::{DType, Element};
 use crate::error::{Error, Result, check_len};
 use crate::params::Params4bit;
+use crate::params8::Params8bit;
 use crate::state::{OwnedScales, QuantMeta, QuantState, QuantStorage, numel};
 use half::{bf16, f16};
 use memmap2::Mmap;
@@ -201,6 +202,15 @@ impl Checkpoint {
         Code4::ALL.into_iter().find(|&code| self.names.contains_key(&meta_key(name, code)))
     }
 
+    /// Names of the weights of 8-bit linear layers, sorted: int8 matrices `X.weight` with their
+    /// scales in `X.SCB`.
+    pub fn names_8bit(&self) -> impl Iterator<Item = &str> {
+        self.names().filter(|name| {
+            scales_key(name).is_some_and(|key| self.names.contains_key(&key))
+                && self.tensor(name).is_ok_and(|t| t.dtype == Dtype::I8)
+        })
+    }
+
     /// One tensor, still in the mapped file.
     ///
     /// # Errors
@@ -266,6 +276,42 @@ impl Checkpoint {
         };
         Params4bit::from_parts(packed.bytes.to_vec(), storage, state, name)
     }
+
+    /// The weight `name` (`X.weight`) of an 8-bit linear layer with its scales.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`], [`Error::TensorDType`] or [`Error::State`] naming the tensor that
+    /// is absent, mistyped, of another layout or contradicts the others.
+    pub fn params_8bit(&self, name: &str) -> Result<Params8bit> {
+        let weight = self.tensor(name)?;
+        if weight.dtype != Dtype::I8 {
+            return Err(weight.wrong_dtype("I8"));
+        }
+        let state = |reason: String| Error::State { tensor: name.to_owned(), reason };
+        let &[rows, columns] = weight.shape else {
+            return Err(state(format!("expected two dimensions, got shape {:?}", weight.shape)));
+        };
+        let key = scales_key(name)
+            .ok_or_else(|| state("expected a name that ends in \"weight\"".to_owned()))?;
+        if let Ok(format) = self.tensor(&format_key(&key))
+            && format.u8s()? != [0]
+        {
+            let got = format.u8s()?;
+            return Err(state(format!("expected weight_format 0 (row-major), got {got:?}")));
+        }
+        let codes = weight.bytes.iter().map(|&b| b.cast_signed()).collect();
+        Params8bit::from_parts(codes, self.tensor(&key)?.f32s()?, [rows, columns], name)
+    }
+}
+
+/// `X.SCB` of `X.weight`; upstream keeps it beside the weight, not under it.
+fn scales_key(weight: &str) -> Option<String> {
+    weight.strip_suffix("weight").map(|prefix| format!("{prefix}SCB"))
+}
+
+/// `X.weight_format` of `X.SCB`.
+fn format_key(scales: &str) -> String {
+    format!("{}weight_format", scales.trim_end_matches("SCB"))
 }
 
 /// The shards that an index names, each once, checked to hold what the index promises.
@@ -397,6 +443,24 @@ impl<'a> CheckpointWriter<'a> {
         }
         let json = state.meta().to_json().into_bytes();
         self.entry(meta_key(name, state.quant_type), Dtype::U8, vec![json.len()], json);
+    }
+
+    /// Adds (or replaces) the weight of an 8-bit linear layer under its three names: `X.weight`,
+    /// `X.SCB` and `X.weight_format`.
+    ///
+    /// # Errors
+    /// [`Error::State`] unless `name` ends in `weight`.
+    pub fn add_8bit(&mut self, name: &str, params: &Params8bit) -> Result<()> {
+        let key = scales_key(name).ok_or_else(|| Error::State {
+            tensor: name.to_owned(),
+            reason: "expected a name that ends in \"weight\"".to_owned(),
+        })?;
+        let codes: Vec<u8> = params.codes().iter().map(|q| q.cast_unsigned()).collect();
+        let scales: Vec<u8> = params.scales().iter().flat_map(|x| x.to_le_bytes()).collect();
+        self.entry(format_key(&key), Dtype::U8, Vec::new(), vec![0]);
+        self.entry(key, Dtype::F32, vec![params.scales().len()], scales);
+        self.entry(name.to_owned(), Dtype::I8, params.shape().to_vec(), codes);
+        Ok(())
     }
 
     /// Adds (or replaces) an entry of the file's metadata.

@@ -1,14 +1,17 @@
 //! # halfbyte: the bitsandbytes formats in Rust
 //!
-//! 4-bit (NF4, FP4) and 8-bit blockwise quantization, the fused 4-bit matrix product and 8-bit
-//! optimizers, on the CPU, with kernels chosen at run time (AVX-512, AVX2, NEON, scalar) and spread
-//! over threads by rayon. Same input, any thread count, any instruction set: identical bytes.
+//! 4-bit (NF4, FP4) and 8-bit blockwise quantization, fused 4-bit matrix products, `LLM.int8()`,
+//! layers of experts and 8-bit optimizers, on the CPU, with kernels chosen at run time (AVX-512,
+//! AVX2, NEON, scalar) and spread over threads by rayon. Same input, any thread count, any
+//! instruction set: identical bytes. (Float matrix products: within a stated bound.)
 //!
 //! | to | use |
 //! |---|---|
-//! | quantize a tensor, multiply by it, decode it | [`Params4bit`] |
+//! | quantize a tensor, multiply by it, decode it | [`Params4bit`], [`Params8bit`] |
 //! | read or write a checkpoint | [`checkpoint::Checkpoint`], [`checkpoint::CheckpointWriter`] |
 //! | work on slices of your own | [`quantize_4bit`], [`dequantize_4bit`], [`matmul_4bit`], [`matmul_4bit_grad_input`], [`quantize_blockwise`], [`dequantize_blockwise`] |
+//! | multiply in int8, with outliers | [`Weight8`], [`int8_linear`], [`int8_vectorwise_quant`] |
+//! | multiply by the weights of experts | [`Routing`], [`Experts4`], [`experts_matmul_4bit`], [`Experts8`], [`experts_matmul_8bit`] |
 //! | train with 8-bit optimizer states | [`optim`] |
 //! | look up a code | [`Code4`], [`Code8`], [`code`] |
 //! | choose threads or an instruction set | [`threads::set_num_threads`], a rayon pool, `HALFBYTE_ISA` |
@@ -34,6 +37,7 @@ pub mod isa;
 mod ops;
 pub mod optim;
 mod params;
+mod params8;
 mod state;
 pub mod threads;
 
@@ -53,4 +57,5 @@ pub use ops::{
     quantize_blockwise,
 };
 pub use params::Params4bit;
+pub use params8::Params8bit;
 pub use state::{NestedMeta, OwnedScales, QuantMeta, QuantState, QuantStorage};

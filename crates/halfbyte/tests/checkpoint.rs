@@ -1,7 +1,9 @@
 //! Checkpoints: round trips, damage, and a seeded run of the fuzz targets' bodies.
 
 use halfbyte::checkpoint::{Checkpoint, CheckpointWriter};
-use halfbyte::{BlockSize, Code4, Params4bit, QuantMeta, QuantStorage, bf16, f16};
+use halfbyte::{
+    BlockSize, Code4, Error, Params4bit, Params8bit, QuantMeta, QuantStorage, bf16, f16,
+};
 use std::path::{Path, PathBuf};
 
 /// A folder that is removed at the end of the test.
@@ -235,5 +237,43 @@ fn damaged_files_never_panic() {
         std::fs::write(&path, &good[..cut]).unwrap();
         let message = Checkpoint::open(&path).unwrap_err().to_string();
         assert!(message.contains("x.safetensors"), "cut at {cut}: {message}");
+    }
+}
+
+#[test]
+fn eight_bit_weights_round_trip_and_damage_is_named() {
+    let folder = Folder::new("eight-bit");
+    let path = folder.file("model.safetensors");
+    let all = [[3, 70], [0, 8], [5, 1], [1, 0]]
+        .map(|shape| Params8bit::quantize(&weight(shape[0] * shape[1]), shape).unwrap());
+    let mut writer = CheckpointWriter::new();
+    for (i, params) in all.iter().enumerate() {
+        writer.add_8bit(&format!("{i}.weight"), params).unwrap();
+    }
+    let bad = writer.add_8bit("kernel", &all[0]);
+    assert!(matches!(bad, Err(Error::State { tensor, .. }) if tensor == "kernel"));
+    writer.add("plain.weight", &[2], &[1.0f32, 2.0]).unwrap();
+    writer.write(&path).unwrap();
+
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    assert_eq!(checkpoint.names_8bit().count(), all.len());
+    for (i, params) in all.iter().enumerate() {
+        assert_eq!(&checkpoint.params_8bit(&format!("{i}.weight")).unwrap(), params);
+    }
+    assert_eq!(checkpoint.tensor("0.weight_format").unwrap().shape(), [0usize; 0]);
+    let plain = checkpoint.params_8bit("plain.weight");
+    assert!(matches!(plain, Err(Error::TensorDType { tensor, .. }) if tensor == "plain.weight"));
+
+    // Scales of another length; a layout that is not row-major.
+    for (name, shape, data) in
+        [("0.SCB", &[2][..], vec![1.0f32, 2.0]), ("0.weight_format", &[1], vec![1.0])]
+    {
+        let mut writer = CheckpointWriter::new();
+        writer.add_8bit("0.weight", &all[0]).unwrap();
+        writer.add(name, shape, &data).unwrap();
+        writer.write(&path).unwrap();
+        let damaged = Checkpoint::open(&path).unwrap().params_8bit("0.weight");
+        let message = damaged.unwrap_err().to_string();
+        assert!(message.contains("0."), "{message}");
     }
 }

@@ -58,6 +58,8 @@ impl Line {
 
 /// Packed rows of a pass, in bytes. Every pass packs the weight anew.
 const PASS: usize = 2 << 20;
+/// Rows of a pass at most, so that their sums with a task's outputs stay in L2 (256 KiB).
+const MAX_ROWS: usize = 512;
 /// Columns of one stretch: a panel of them (32 KiB) stays in L1 while tiles stream past.
 const DEPTH: usize = 1024;
 /// Groups of columns between two looks at what is coming.
@@ -464,7 +466,7 @@ impl<'a, T: Element, O: Target, M: Micro> Engine<'a, T, O, M> {
             let lanes = left.depth.div_ceil(M::GROUP).max(Self::plain_lanes(left.depth));
             let outliers = groups.iter().map(|group| group.outliers.len()).max().unwrap_or(0);
             let row = 4 * (lanes + outliers);
-            let most = (PASS / row.max(1)).next_multiple_of(M::ROWS).max(M::ROWS);
+            let most = (PASS / row.max(1)).min(MAX_ROWS).next_multiple_of(M::ROWS).max(M::ROWS);
             let mut parts: Vec<Part> = Vec::new();
             let mut taken = 0;
             for (group, Group { rows, .. }) in groups.iter().enumerate() {
