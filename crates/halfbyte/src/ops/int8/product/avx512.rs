@@ -119,10 +119,8 @@ impl Micro for Avx512 {
             let mut v = _mm512_castsi512_ps(load(line));
             if let Some(bias) = bias {
                 let bias = &bias[i * LANES..][..out.len()];
-                let mut all = [T::default(); LANES];
-                all[..bias.len()].copy_from_slice(bias);
                 // SAFETY: the array holds 16 elements.
-                v = _mm512_add_ps(v, unsafe { T::load16(all.as_ptr()) });
+                v = _mm512_add_ps(v, unsafe { T::load16(sixteen(bias).as_ptr()) });
             }
             if let Ok(out) = <&mut [T; LANES]>::try_from(&mut *out) {
                 // SAFETY: the array holds 16 elements.
@@ -240,6 +238,16 @@ fn sum4([a, b, c, d]: [__m512i; 4]) -> [i32; 4] {
     // SAFETY: the array holds 16 bytes.
     unsafe { _mm_storeu_si128(sums.as_mut_ptr().cast(), v) };
     sums
+}
+
+/// Up to 16 elements, filled up with zeros.
+#[inline]
+fn sixteen<T: Element>(elements: &[T]) -> [T; LANES] {
+    elements.first_chunk().copied().unwrap_or_else(|| {
+        let mut all = [T::default(); LANES];
+        all[..elements.len()].copy_from_slice(elements);
+        all
+    })
 }
 
 #[inline]

@@ -74,6 +74,8 @@ const BATCH: usize = 6;
 const TOGETHER: usize = 4;
 /// Bytes of a few-rows task's weight: some 5 us of reading, and they stay in L2.
 const FEW_TASK: usize = 64 * 1024;
+/// Rows of the output that are asked for before they are written.
+const OUT_AHEAD: usize = 8;
 /// Panels of a task. Results are written when all of them are there: a row's lie side by side.
 const PANELS: usize = 4;
 
@@ -225,22 +227,7 @@ impl Coming {
     #[inline]
     fn step(&mut self) {
         for _ in 0..self.per_step.min(self.lines) {
-            #[cfg(target_arch = "x86_64")]
-            #[allow(unused_unsafe)] // newer compilers know that it is safe
-            // SAFETY: a hint, of any address whatever.
-            unsafe {
-                use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-                _mm_prefetch::<_MM_HINT_T1>(self.at);
-            }
-            #[cfg(target_arch = "aarch64")]
-            // SAFETY: a hint, of any address whatever. (The intrinsic is not stable.)
-            unsafe {
-                std::arch::asm!(
-                    "prfm pldl2keep, [{}]",
-                    in(reg) self.at,
-                    options(nostack, preserves_flags, readonly)
-                );
-            }
+            ask(self.at);
             self.at = self.at.wrapping_add(size_of::<Line>());
             self.lines -= 1;
             self.left -= 1;
@@ -249,6 +236,27 @@ impl Coming {
                 self.at = self.at.wrapping_add(self.skip);
             }
         }
+    }
+}
+
+/// Starts bringing a cache line into L2.
+#[inline]
+fn ask(line: *const i8) {
+    #[cfg(target_arch = "x86_64")]
+    #[allow(unused_unsafe)] // newer compilers know that it is safe
+    // SAFETY: a hint, of any address whatever.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T1>(line);
+    }
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: a hint, of any address whatever. (The intrinsic is not stable.)
+    unsafe {
+        std::arch::asm!(
+            "prfm pldl2keep, [{}]",
+            in(reg) line,
+            options(nostack, preserves_flags, readonly)
+        );
     }
 }
 
@@ -667,16 +675,33 @@ impl<'a, T: Element, O: Target, M: Micro> Engine<'a, T, O, M> {
                 });
             }
         }
-        for (m, i) in part.rows.clone().enumerate() {
+        // Rows of the output lie apart, too far for the processor to see the next one coming.
+        let out_row = |i: usize| {
             let at = self.order.out(i) * weight.out_features;
+            // SAFETY: tasks have disjoint rows or disjoint outputs.
+            unsafe { self.out.part(at + outputs.start..at + outputs.end) }
+        };
+        let ask_for = |i: usize| {
+            if i < part.rows.end {
+                let bytes = out_row(i).as_ptr_range();
+                let mut line = bytes.start.cast::<i8>();
+                while line < bytes.end.cast() {
+                    ask(line);
+                    line = line.wrapping_add(size_of::<Line>());
+                }
+            }
+        };
+        let start = part.rows.start;
+        (start..start + OUT_AHEAD).for_each(ask_for);
+        for (m, i) in part.rows.clone().enumerate() {
+            ask_for(i + OUT_AHEAD);
+            let out = out_row(i);
             for (p, sums) in sums.chunks_exact(panel_sums).enumerate() {
                 let now = panel_at(outputs.start + p * wide);
                 let bias = bias.map(|b| &b[now.clone()]);
-                // SAFETY: tasks have disjoint rows or disjoint outputs; `M` as above.
-                unsafe {
-                    let out = self.out.part(at + now.start..at + now.end);
-                    O::store::<M>(&sums[m * M::LINES..][..M::LINES], bias, out);
-                }
+                let out = &mut out[now.start - outputs.start..now.end - outputs.start];
+                // SAFETY: `M` as above.
+                unsafe { O::store::<M>(&sums[m * M::LINES..][..M::LINES], bias, out) }
             }
         }
     }
