@@ -72,16 +72,21 @@ def expect(what: str, tensor: Tensor, numel: Any, *dtypes: torch.dtype) -> None:
 
 
 def product(A: Tensor, shape: Sequence[int], inner: int, outer: int) -> Tensor:
-    """The result ``[..., shape[outer]]`` of ``A`` ``[..., shape[inner]]`` times a weight."""
+    """The result ``[..., shape[outer]]`` of ``A`` ``[..., shape[inner]]`` times a weight.
+
+    Times the weight itself instead of its transpose (``inner`` is 0), ``A`` is a gradient.
+    """
+    what = "A" if inner else "grad_output"
     if len(shape) != 2:
         raise ValueError(f"the weight's shape must be [out_features, in_features], got {shape}")
     if A.dim() == 0:
-        raise ValueError("A must have at least one dimension, got none")
+        raise ValueError(f"{what} must have at least one dimension, got none")
     if A.shape[-1] != shape[inner]:
         raise ValueError(
-            f"the last dimension of A must be {shape[inner]}, got A of shape {tuple(A.shape)}"
+            f"the last dimension of {what} must be {shape[inner]}, "
+            f"got {what} of shape {list(A.shape)}"
         )
-    check_float("A", A.dtype)
+    check_float(what, A.dtype)
     return A.new_empty((*A.shape[:-1], shape[outer]))
 
 

@@ -275,7 +275,7 @@ def _setup_bias(at: int) -> Callable[..., None]:
 def _backward_bias(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """Codes have no gradient, and statistics are constants, as a weight's are."""
     grads: list[Any] = [None] * ctx.arguments
-    if ctx.needs_input_grad[ctx.at]:
+    if any(ctx.needs_input_grad[ctx.at :]):  # the dispatcher drops trailing defaults
         grads[ctx.at] = bias_grad(grad, ctx.bias_dtype)
     return tuple(grads)
 
@@ -299,12 +299,12 @@ def _backward_mixed(ctx: Any, grad: Tensor | None, grad_sub: Tensor | None) -> t
         if grad_sub is not None:
             part = grad_sub.reshape(*ctx.shape[:-1], columns.numel())
             grad_A = grad_A.index_add(-1, columns, part.to(ctx.dtype))
-    if ctx.needs_input_grad[6] and grad is not None:
+    if any(ctx.needs_input_grad[6:]) and grad is not None:
         grad_bias = bias_grad(grad, ctx.bias_dtype)
     return grad_A, None, None, None, None, None, grad_bias
 
 
-GRADIENTS = {
+GRADIENTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "int8_mm_dequant": (_backward_bias, _setup_bias(4)),
     "int8_scaled_mm": (_backward_bias, _setup_bias(4)),
     "int8_mixed_scaled_mm": (_backward_mixed, _setup_mixed),

@@ -100,6 +100,32 @@ def test_float_weights_that_are_quantized_for_each_product(load_8bit, tokens):
     assert torch.equal(logits(model, tokens), logits(load_8bit(), tokens))
 
 
+def test_float_weights_are_saved_and_reloaded(load_8bit, tokens, tmp_path):
+    """Transformers alone cannot: it makes parameters with gradients int8."""
+    want = logits(load_8bit(torch.bfloat16, llm_int8_has_fp16_weight=True), tokens)
+    folder = tmp_path
+    for generation in range(2):
+        if generation == 0:
+            model = load_8bit(torch.bfloat16, llm_int8_has_fp16_weight=True)
+        model.save_pretrained(folder / str(generation))
+        model = AutoModelForCausalLM.from_pretrained(folder / str(generation)).eval()
+        assert len(layers(model)) == LINEARS
+        assert all(m.weight.dtype == torch.bfloat16 for m in layers(model))
+        assert torch.equal(logits(model, tokens), want)
+
+
+@pytest.mark.parametrize("bits", ["load_in_8bit", "load_in_4bit"])
+def test_dequantize_after_saving(llama_dir, tokens, tmp_path, bits):
+    """Saving leaves the name of a dtype in the configuration."""
+    config = BitsAndBytesConfig(**{bits: True})
+    arguments = {"dtype": torch.bfloat16, "quantization_config": config}
+    models = [AutoModelForCausalLM.from_pretrained(llama_dir, **arguments) for _ in range(2)]
+    models[1].save_pretrained(tmp_path)
+    want, got = (logits(model.dequantize().eval(), tokens) for model in models)
+    assert got.dtype == torch.bfloat16
+    assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("used", [False, True])
 def test_dequantize(load_8bit, tokens, used):
     model = load_8bit()

@@ -389,6 +389,31 @@ def test_8bit_forward_is_near_the_product_with_the_decoded_weight(dtype, thresho
         assert (got[ids == 4] == 0).all()
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_double_precision_is_computed_in_single(bits):
+    layer = (Experts4bit if bits == 4 else Experts8bit).from_float(
+        weight(), bias=torch.randn(WHOLE[:2])
+    )
+    ids, x = route(WHOLE), torch.randn(9, WHOLE[2], dtype=torch.float64, requires_grad=True)
+    want = layer(x.detach().float(), ids)
+    got = layer(x, ids)
+    assert got.dtype == torch.float64
+    assert torch.equal(got, want.double())
+    got.sum().backward()
+    assert x.grad.dtype == torch.float64
+    assert x.grad.abs().sum() > 0
+    assert torch.equal(layer.double()(x, ids), got)
+
+
+def test_8bit_quantizes_double_precision():
+    for got, want in zip(
+        quantize_experts_8bit(weight().double()), quantize_experts_8bit(weight()), strict=True
+    ):
+        assert torch.equal(got, want)
+    with pytest.raises(ValueError, match=r"quantize_4bit: A must be float32, .* got float64"):
+        quantize_experts_4bit(weight().double())
+
+
 def test_8bit_outliers_are_what_the_threshold_is_for():
     plain, mixed = (Experts8bit.from_float(weight(), threshold=t) for t in (0.0, 6.0))
     x, ids = torch.randn(9, 64), route(WHOLE, none=False)

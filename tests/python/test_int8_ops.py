@@ -68,9 +68,9 @@ def cases(grad: bool = False) -> dict[str, tuple]:
         "int8_double_quant": (A, 6.0),
         "int8_linear_matmul": (CA, CB),
         "int8_linear_matmul.out": (CA, CB, torch.empty(5, 64, dtype=torch.int32)),
-        "int8_mm_dequant": (ACC, SCA, SCB, torch.bfloat16, BIAS),
-        "int8_scaled_mm": (CA, CB, SCA, SCB, BIAS, torch.float32),
-        "int8_mixed_scaled_mm": (A, CA, CB, SCA, SCB, COLS, BIAS),
+        "int8_mm_dequant": (ACC, SCA, SCB, torch.bfloat16, bias),
+        "int8_scaled_mm": (CA, CB, SCA, SCB, bias, torch.float32),
+        "int8_mixed_scaled_mm": (a, CA, CB, SCA, SCB, COLS, bias),
         "int8_linear": (a, CB, SCB, bias, 6.0),
         "int8_linear.outliers": (a, CB, SCB, bias, 6.0),
         "int8_linear_grad_input": (g, CB, SCB),
@@ -389,6 +389,46 @@ def test_gradients_of_input_and_bias(name, lead, bias_dtype):
         torch.testing.assert_close(bias.grad.double(), want, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("bias_dtype", ref.FLOATS, ids=str)
+def test_gradient_of_the_bias_of_products_of_codes(bias_dtype):
+    bias = BIAS.clone().to(bias_dtype).requires_grad_()
+    for product in (
+        lambda: ops.int8_mm_dequant(ACC, SCA, SCB, torch.float32, bias),
+        lambda: F.int8_mm_dequant(ACC, SCA, SCB, bias=bias).float(),
+        lambda: ops.int8_scaled_mm(CA, CB, SCA, SCB, bias, torch.float32),
+        lambda: ops.int8_mixed_scaled_mm(A, CA, CB, SCA, SCB, None, bias)[0],
+    ):
+        bias.grad = None
+        y = product()
+        y.square().sum().backward()
+        assert bias.grad.dtype == bias_dtype
+        torch.testing.assert_close(bias.grad.float(), 2 * y.detach().sum(0), rtol=1e-2, atol=1e-1)
+    assert not ops.int8_scaled_mm(CA, CB, SCA, SCB, bias.detach()).requires_grad
+
+
+@pytest.mark.parametrize("dtype", ref.FLOATS, ids=str)
+@pytest.mark.parametrize("columns", [[3, 40], [], None], ids=str)
+def test_gradient_of_the_outlier_part(dtype, columns):
+    """``A`` takes part in its outlier columns; the others are the codes, which have none."""
+    a = A.to(dtype).reshape(5, 1, 96).requires_grad_()
+    codes, stats = ops.int8_vectorwise_quant(a.detach())[:2]
+    listed = None if columns is None else torch.tensor(columns, dtype=torch.int64)
+    y, sub = ops.int8_mixed_scaled_mm(a, codes, CB, stats, SCB, listed)
+    if columns is None:
+        (got,) = torch.autograd.grad(y, a, torch.ones_like(y), allow_unused=True)
+        assert got is None or not got.any()
+        return
+    g, g_sub = torch.ones_like(y), torch.full_like(sub, 2)
+    (got,) = torch.autograd.grad([y, sub], a, [g, g_sub], retain_graph=True)
+    want = torch.zeros(5, 1, 96)
+    want[..., columns] = DENSE.sum(0)[columns] + 2
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.float(), want, rtol=2e-2, atol=2e-2)
+    (got,) = torch.autograd.grad(sub, a, g_sub)
+    want[..., columns] = 2
+    assert torch.equal(got.float(), want)
+
+
 def test_gradient_of_an_expanded_gradient():
     a = A.clone().requires_grad_()
     ops.int8_linear(a, CB, SCB, None, 6.0).sum().backward()  # stride 0
@@ -625,7 +665,17 @@ ERRORS = [
     (
         lambda: ops.int8_linear_grad_input(A, CB, SCB),
         RuntimeError,
-        r"last dimension of A must be 64",
+        r"last dimension of grad_output must be 64, got grad_output of shape \[5, 96\]",
+    ),
+    (
+        lambda: F.int8_vectorwise_quant(A.to(torch.complex64)),
+        TypeError,
+        "A: tensors of complex64 are not supported",
+    ),
+    (
+        lambda: F.int8_vectorwise_quant(A.to(torch.float8_e4m3fn)),
+        TypeError,
+        "A: tensors of float8_e4m3fn are not supported",
     ),
 ]
 
@@ -635,6 +685,16 @@ def test_errors(call, kind, message):
     with pytest.raises(kind, match=message) as caught:
         call()
     assert type(caught.value) is kind
+
+
+def test_an_op_called_directly_leaves_no_error_for_the_next_failure():
+    with pytest.raises(RuntimeError, match="got float64"):
+        ops.int8_linear(A.double(), CB, SCB, None, 0.0)
+    with pytest.raises(TypeError, match="Expected a value of type 'Tensor' for argument 'A'"):
+        F.int8_vectorwise_quant("x")
+    with pytest.raises(RuntimeError, match="got float64"):
+        ops.int8_linear(A.double(), CB, SCB, None, 0.0)
+    assert type(_ops.failure(RuntimeError("of somebody else"))) is RuntimeError
 
 
 def test_output_over_an_input():

@@ -12,6 +12,7 @@ import logging
 import pickle
 import threading
 import warnings
+import weakref
 
 import halfbyte
 import int8_reference as ref
@@ -23,6 +24,7 @@ from halfbyte.autograd._functions import GlobalOutlierPooler, MatMul8bitFp, MatM
 from halfbyte.functional import int8_vectorwise_dequant, int8_vectorwise_quant
 from halfbyte.nn import Int8Params, Linear8bitLt, OutlierAwareLinear
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
@@ -488,13 +490,137 @@ def test_writes_through_data_while_training():
     assert torch.equal(module.state.CB, int8_vectorwise_quant(module.weight.detach())[0])
 
 
-def test_an_unchanged_weight_is_quantized_once_in_eval_mode():
+# Neither of these counts as a write.
+TRACELESS = {
+    "data": lambda w: w.data.mul_(torch.linspace(1, 3, w.shape[1])),
+    **{
+        name: lambda w, name=name: getattr(torch.optim, name)([w], lr=0.5, fused=True).step()
+        for name in ("AdamW", "Adam", "SGD", "Adagrad")
+    },
+}
+
+
+@pytest.mark.parametrize("how", TRACELESS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("grad", [True, False])
+def test_codes_of_a_recorded_forward_are_not_used_again(how, training, grad):
+    """Whatever mode trained, the first evaluation after a step sees it."""
+    module, x = trainable().train(training), inputs(3, 96)
+    module(x).square().sum().backward()
+    version = module.weight._version
+    TRACELESS[how](module.weight)
+    assert module.weight._version == version
+    module.eval()
+    with torch.set_grad_enabled(grad):
+        got = module(x)
+    assert torch.equal(got.detach(), definition(module, x).detach())
+    assert torch.equal(module.state.CB, int8_vectorwise_quant(module.weight.detach())[0])
+
+
+def test_evaluation_between_steps_of_a_fused_optimizer():
+    module, x = trainable(), inputs(3, 96)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, fused=True)
+    for _ in range(3):
+        optimizer.zero_grad()
+        module.train()(x).square().sum().backward()
+        optimizer.step()
+        with torch.no_grad():
+            for _ in range(2):
+                assert torch.equal(module.eval()(x), definition(module, x))
+
+
+def test_other_tensors_in_the_same_memory():
+    """An address and a count of writes recur when memory is used again."""
+    state, x = MatmulLtState(), inputs(3, 64)
+    state.is_training = False
+    addresses = set()
+    for seed in range(20):
+        weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(seed))
+        addresses.add(weight.data_ptr())
+        got = matmul(x, weight, state=state)
+        assert torch.equal(got, matmul(x, weight))
+        del weight
+    assert len(addresses) < 20
+
+
+@pytest.mark.parametrize("freed", [True, False])
+def test_other_data_at_the_same_address(freed):
+    """FSDP and offloaders free a weight's data and put other data in their place."""
+    module, x = trainable(64, 64, bias=False).eval().requires_grad_(False), inputs(3, 64)
+    for seed in range(20):
+        if freed:
+            module.weight.data = torch.empty(0)
+        module.weight.data = torch.randn(64, 64, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(module(x), matmul(x, module.weight.detach().clone()))
+    square = module.weight.data
+    module.weight.data = square.t()
+    assert torch.equal(module(x), matmul(x, square.t().contiguous()))
+
+
+def test_a_state_keeps_no_weight_alive():
+    state = MatmulLtState()
+    state.is_training = False
+    weight = torch.randn(64, 64)
+    matmul(inputs(3, 64), weight, state=state)
+    gone = weakref.ref(weight)
+    del weight
+    assert gone() is None
+    again = [copy.copy(state), copy.deepcopy(state), pickle.loads(pickle.dumps(state))]
+    for other in again:
+        weight = torch.randn(64, 64)
+        want = matmul(inputs(3, 64), weight)
+        assert torch.equal(matmul(inputs(3, 64), weight, state=other), want)
+
+
+@pytest.mark.parametrize("grad", [False, None])
+def test_an_unchanged_weight_is_quantized_once_in_eval_mode(grad):
     module = trainable().eval()
+    if grad is None:
+        module.requires_grad_(False)
     x = inputs(3, 96)
-    module(x)
-    codes = module.state.CB
-    module(x)
-    assert module.state.CB is codes
+    with torch.set_grad_enabled(grad is None):
+        module(x)
+        codes = module.state.CB
+        module(x)
+        assert module.state.CB is codes
+
+
+@pytest.mark.parametrize("make", [layer, trainable])
+def test_fake_tensors_over_a_real_layer(make):
+    module, x = make(threshold=2.0), inputs(3, 96)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        y = module(mode.from_tensor(x))
+    assert y.shape == (3, 64)
+    assert module.state.idx is None
+
+
+@pytest.mark.parametrize("make", [layer, trainable])
+@pytest.mark.parametrize("threshold", [0.0, 2.0])
+def test_functorch(make, threshold):
+    """Each sample of a batched dimension is a call of its own: its outlier columns, too."""
+    module = make(threshold=threshold)
+    x = inputs(4, 3, 96)
+    parameters = {n: p.detach() for n, p in module.named_parameters() if p.is_floating_point()}
+
+    def loss(parameters, x):
+        return torch.func.functional_call(module, parameters, (x,)).square().sum()
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        warnings.filterwarnings("ignore", message="`torch.jit.script", category=FutureWarning)
+        got = torch.func.vmap(module)(x)
+        samples = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+        back = torch.func.jacrev(module)(x[0, 0])
+        ahead = torch.func.jacfwd(module)(x[0, 0])
+        _, tangent = torch.func.jvp(module, (x[0, 0],), (x[0, 1],))
+    assert torch.equal(got, torch.stack([module(sample) for sample in x]))
+    for i, sample in enumerate(x):
+        one = torch.func.grad(loss)(parameters, sample)
+        assert samples.keys() == one.keys()
+        for name in one:
+            torch.testing.assert_close(samples[name][i], one[name])
+    torch.testing.assert_close(back, ahead)
+    torch.testing.assert_close(tangent, ahead @ x[0, 1], rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_trains():
@@ -665,13 +791,15 @@ def test_matmul_errors():
     w = inputs(64, 96)
     with pytest.raises(TypeError, match=r"A must be a floating-point tensor, got torch\.int32"):
         matmul(torch.zeros(3, 96, dtype=torch.int32), w)
+    with pytest.raises(TypeError, match="A must be a floating-point tensor, got str"):
+        matmul("x", w)
     with pytest.raises(ValueError, match="A must have at least one dimension"):
         matmul(torch.tensor(1.0), w)
     with pytest.raises(ValueError, match=r"its scales are\s+missing"):
         matmul(inputs(3, 96), torch.zeros(64, 96, dtype=torch.int8))
     with pytest.raises(ValueError, match=r"\[out_features, in_features\], got \[96\]"):
         matmul(inputs(3, 96), inputs(96))
-    with pytest.raises(ValueError, match=r"last dimension of A must be 96, .* got A of shape"):
+    with pytest.raises(ValueError, match=r"last dimension of A must be 96, got A of shape"):
         matmul(inputs(3, 95), w)
 
 

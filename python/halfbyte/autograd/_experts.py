@@ -30,7 +30,7 @@ def experts_matmul_4bit(
 
     Args:
         A: ``[tokens, in_features]`` (a token's row goes to all its experts) or
-            ``[tokens, k, in_features]`` (a row for each), float32, float16 or bfloat16.
+            ``[tokens, k, in_features]`` (a row for each), floating; float64 is computed in float32.
         B: the packed weight of all experts, each with blocks of its own.
         quant_state: its state.
         expert_ids: int64 ``[tokens, k]``. The number of experts itself means "none": that row of
@@ -47,6 +47,9 @@ def experts_matmul_4bit(
     """
     if quant_state is None:
         raise ValueError("quant_state is required")
+    if A.dtype == torch.float64:
+        narrow = experts_matmul_4bit(A.float(), B, quant_state, expert_ids, bias, shape)
+        return narrow.to(A.dtype)
     if bias is not None and bias.dtype != A.dtype:
         bias = bias.to(A.dtype)
     s = quant_state
@@ -88,6 +91,8 @@ def experts_matmul_8bit(
     Raises:
         ValueError: when the parts do not fit each other, or for an id out of range.
     """
+    if A.dtype == torch.float64:
+        return experts_matmul_8bit(A.float(), CB, SCB, expert_ids, bias, threshold).to(A.dtype)
     if bias is not None and bias.dtype != A.dtype:
         bias = bias.to(A.dtype)
     try:

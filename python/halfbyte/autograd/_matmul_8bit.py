@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -346,7 +347,7 @@ class MatMul8bitFp(torch.autograd.Function):
 
 class _Product(torch.autograd.Function):
     """The product and the gradients of :class:`MatMul8bitLt`, free of state: for torch.compile with
-    a float weight (``B``, else None) and for functorch."""
+    a float weight (``B``, else None)."""
 
     @staticmethod
     def forward(
@@ -375,9 +376,58 @@ class _Product(torch.autograd.Function):
         )
 
 
+class _Transformed(_Product):
+    """The same for functorch: batched over one call for each sample, with a tangent. torch.compile
+    takes neither."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _Product.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(inputs[0], *inputs[2:4])
+
+    @staticmethod
+    def jvp(ctx: Any, dA: Any, dB: Any, dCB: None, dSCB: None, dbias: Any, _: None) -> Tensor:
+        A, CB, SCB = ctx.saved_tensors
+        return _tangent(A, dA, dB, dbias, lambda: (CB, SCB))
+
+
+def _tangent(
+    A: Tensor,
+    dA: Tensor | None,
+    dB: Tensor | None,
+    dbias: Tensor | None,
+    weight: Callable[[], tuple[Tensor, Tensor]],
+) -> Tensor:
+    """What the product changes by, in the dtype of ``A``; one of the three is not None."""
+    parts = []
+    if dA is not None:
+        parts.append(F.linear(dA, dequantize_weight(*weight(), dA.dtype)))
+    if dB is not None:
+        parts.append(F.linear(A, dB.to(A.dtype)))
+    if dbias is not None:
+        parts.append(dbias.to(A.dtype).expand(*A.shape[:-1], dbias.size(0)))
+    tangent = parts[0]
+    for part in parts[1:]:
+        tangent = tangent + part
+    return tangent
+
+
 def _traced(A: Tensor) -> bool:
     """Whether no data are to be looked at, nor state to be changed."""
-    return torch.compiler.is_compiling() or A.is_meta or torch._C._are_functorch_transforms_active()
+    return (
+        torch.compiler.is_compiling()
+        or A.is_meta
+        or torch._C._are_functorch_transforms_active()
+        or (type(A) is not Tensor and _is_fake(A))
+    )
+
+
+def _is_fake(A: Tensor) -> bool:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(A, FakeTensor)
 
 
 def traced_product(
@@ -387,8 +437,11 @@ def traced_product(
     a weight that stays quantized."""
     if CB is None or SCB is None:
         CB, SCB = quantize_weight(B)
-    if B.requires_grad or torch._C._are_functorch_transforms_active():
-        return _Product.apply(A, B if B.is_floating_point() else None, CB, SCB, bias, t)
+    weight = B if B.is_floating_point() else None
+    if torch._C._are_functorch_transforms_active():
+        return _Transformed.apply(A, weight, CB, SCB, bias, t)
+    if B.requires_grad:
+        return _Product.apply(A, weight, CB, SCB, bias, t)
     return _linear(A, CB, SCB, bias, t)
 
 
@@ -474,14 +527,7 @@ def _dual(A: Tensor, B: Tensor, bias: Tensor | None, state: MatmulLtState) -> Te
     if dA is None and dB is None and dbias is None:
         return None
     result = matmul(A, B, None, state, 0.0, bias)
-    tangent = torch.zeros_like(result)
-    if dA is not None:
-        CB, SCB = _quantized(B, state)
-        tangent = tangent + F.linear(dA, dequantize_weight(CB, SCB, dA.dtype))
-    if dB is not None:
-        tangent = tangent + F.linear(A, dB.to(A.dtype))
-    if dbias is not None:
-        tangent = tangent + dbias.to(A.dtype)
+    tangent = _tangent(A, dA, dB, dbias, lambda: _quantized(B, state))
     return forward_ad.make_dual(result, tangent)
 
 

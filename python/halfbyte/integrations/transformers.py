@@ -500,7 +500,13 @@ def _before(original: Callable[..., Any], bits: int) -> Callable[..., Any]:
     def _process_model_before_weight_loading(
         self: Any, model: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        result = original(self, model, *args, **kwargs)
+        pre_quantized = self.pre_quantized
+        if bits == 8 and self.quantization_config.llm_int8_has_fp16_weight:
+            self.pre_quantized = False  # such a checkpoint holds float weights, no codes
+        try:
+            result = original(self, model, *args, **kwargs)
+        finally:
+            self.pre_quantized = pre_quantized
         try:
             setattr(self, _PLAN, _find(self, model))
         except Exception as error:
@@ -555,16 +561,18 @@ def _conversions(original: Callable[..., Any], bits: int) -> Callable[..., Any]:
 
 
 def _dequantize(original: Callable[..., Any], bits: int) -> Callable[..., Any]:
-    def _dequantize(self: Any, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self: Any, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        # save_pretrained leaves a string in config.dtype.
+        to = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
         restored = False
         for module in model.modules():
-            if experts.dequantize_parameters(module, dtype):
+            if experts.dequantize_parameters(module, to):
                 _deselect(module)
                 restored = True
         if restored:
             _cut_on_save(model, _plan(self))
             setattr(self, _PLAN, {})
-        return original(self, model, dtype=dtype)
+        return original(self, model, dtype=to)
 
     return _dequantize
 

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize as P
 
 from .._load import native
-from .._ops import ops
 from ..autograd._experts import experts_matmul_4bit, experts_matmul_8bit
+from ..autograd._matmul_8bit import dequantize_weight, quantize_weight
 from ..functional import QuantState, dequantize_4bit, quantize_4bit
 from . import parametrize as _parametrize
 from .modules import Params4bit, _FourBitWeight, _recover
@@ -123,7 +123,7 @@ def quantize_experts_8bit(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Quantizes the weights of all experts of a layer to int8, a scale for each row.
 
     Args:
-        weight: ``[experts, out_features, in_features]``, float32, float16 or bfloat16.
+        weight: ``[experts, out_features, in_features]``, floating; float64 is rounded to float32.
 
     Returns:
         The codes, int8 of the shape of ``weight``, and the largest magnitude of each row, float32
@@ -133,13 +133,11 @@ def quantize_experts_8bit(weight: Tensor) -> tuple[Tensor, Tensor]:
         ValueError, TypeError: as :func:`quantize_experts_4bit`.
     """
     _check_weight(weight)
-    codes, stats, _ = ops.int8_vectorwise_quant.default(weight.detach().flatten(0, 1), 0.0)
-    return codes.view(weight.shape), stats.view(weight.shape[:2])
+    return quantize_weight(weight)
 
 
 def _dequantize_8bit(codes: Tensor, stats: Tensor, dtype: torch.dtype) -> Tensor:
-    rows = ops.int8_vectorwise_dequant.dtype(codes.flatten(0, 1), stats.flatten(), dtype)
-    return rows.view(codes.shape)
+    return dequantize_weight(codes, stats, dtype)
 
 
 # ---- layers --------------------------------------------------------------------------------------
