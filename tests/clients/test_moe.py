@@ -13,6 +13,7 @@ import bitsandbytes as bnb
 import peft
 import pytest
 import torch
+from accelerate import cpu_offload
 from bitsandbytes.integrations import transformers as integration
 from conftest import VOCAB, logits
 from safetensors import safe_open
@@ -717,3 +718,17 @@ def test_copies_and_compiled_experts(load_moe, tokens, bits):
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(x, ids, weights), module(x, ids, weights))
+
+
+@pytest.mark.parametrize("bits", QUANTIZED)
+def test_accelerate_offloads_experts_with_the_rest(load_moe, bits):
+    """Its hooks wrap the forward of parametrizations, which the grouped product does not call."""
+    model = load_moe(bits=bits)
+    tokens = torch.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        want = model(input_ids=tokens).logits
+        cpu_offload(model, execution_device=torch.device("cpu"))
+        for _ in range(2):
+            assert torch.equal(model(input_ids=tokens).logits, want)
+            stored = next(iter(experts_of(model).values())).parametrizations["down_proj"].original
+            assert stored.device.type == "meta"

@@ -13,8 +13,9 @@ family's shape is ``[experts, padded length]``.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -789,7 +790,45 @@ def experts_matmul(
     if not _is_grouped(module, param_name):
         return None
     stack: Any = module.parametrizations[param_name]  # type: ignore[index]
-    return stack[0].matmul(stack.original, x, expert_ids, bias)
+    with _brought_in(stack, param_name), _brought_in(stack[0]):
+        return stack[0].matmul(stack.original, x, expert_ids, bias)
+
+
+@contextlib.contextmanager
+def _brought_in(module: Any, param_name: str = "") -> Iterator[None]:
+    """Lets an offloading hook of accelerate bring in what belongs to ``module``. Such hooks wrap
+    ``forward``, which a grouped product does not call."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None:
+        yield
+        return
+    weights = getattr(hook, "weights_map", None)
+    if param_name and hasattr(weights, "prefix"):
+        hook.weights_map = _SavedNames(weights, param_name)
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, None)
+
+
+class _SavedNames:
+    """The offloaded tensors of a parametrized parameter, which accelerate looks up under their
+    place in the module and has under their names in the state dict."""
+
+    def __init__(self, weights: Any, param_name: str) -> None:
+        self._weights = weights
+        self._inner = f"parametrizations.{param_name}."
+        self._name = param_name
+
+    def __getitem__(self, key: str) -> Tensor:
+        try:
+            return self._weights[key]
+        except KeyError:
+            if key != "original":
+                raise
+            before, _, _ = self._weights.prefix.rpartition(self._inner)
+            return self._weights.dataset[before + self._name]
 
 
 def _is_grouped(module: nn.Module, name: str) -> bool:
