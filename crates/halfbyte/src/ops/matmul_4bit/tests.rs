@@ -9,14 +9,16 @@ fn every_number_of_rows_lies_near_the_exact_product() {
     let (n, k) = (21, 70);
     let value = |i: usize| ((i * 7919 % 1000) as f32 - 500.0) / 500.0;
     let dense: Vec<f32> = (0..n * k).map(value).collect();
-    let blocks = BlockSize::B32.over(n * k);
+    let blocks = BlockSize::ALL[0].over(n * k);
     let (mut packed, mut absmax) = (vec![0; blocks.packed_len()], vec![0.0; blocks.count()]);
     let (code, refuse) = (Code4::Nf4, NonFinite::Refuse);
-    crate::quantize_4bit(&dense, code, BlockSize::B32, refuse, &mut packed, &mut absmax).unwrap();
+    crate::quantize_4bit(&dense, code, BlockSize::ALL[0], refuse, &mut packed, &mut absmax)
+        .unwrap();
     let scales = Scales::Plain(&absmax);
-    let weight = Weight4::new(&packed, scales, code.table(), BlockSize::B32, n, k).unwrap();
+    let weight = Weight4::new(&packed, scales, code.table(), BlockSize::ALL[0], n, k).unwrap();
     let mut decoded = vec![0.0f32; n * k];
-    crate::dequantize_4bit(&packed, &scales, code.table(), BlockSize::B32, &mut decoded).unwrap();
+    crate::dequantize_4bit(&packed, &scales, code.table(), BlockSize::ALL[0], &mut decoded)
+        .unwrap();
     let bias: Vec<f32> = (0..n).map(|i| value(i + 3)).collect();
     for rows in 0..60 {
         let input: Vec<f32> = (0..rows * k).map(|i| value(i * 13 + 5)).collect();
