@@ -471,7 +471,7 @@ class _Sums:
             quantiles=_quantiles(self.counts.cpu(), self.nonfinite, magnitudes, quantiles),
             nonfinite=self.nonfinite,
             points=points,
-            recommended_threshold=_best(points),
+            recommended_threshold=_best(points, bool(magnitudes.isinf().any())),
         )
 
     def _points(self, cost: float) -> tuple[ThresholdPoint, ...]:
@@ -554,8 +554,10 @@ def _quantiles(
     return out
 
 
-def _best(points: Sequence[ThresholdPoint]) -> float | None:
-    """The least objective; of those within 0.1 % of it the one nearest to 6, then the larger."""
+def _best(points: Sequence[ThresholdPoint], infinite: bool) -> float | None:
+    """The least objective; of those within 0.1 % of it the one nearest to 6, then the larger. With
+    infinities in the input, 0 is out: plain int8 loses the rows that hold them."""
+    points = [point for point in points if point.threshold > 0 or not infinite]
     if not points:
         return None
     least = min(point.objective for point in points)
@@ -818,7 +820,7 @@ def find_outliers(
         layers={layer.name: layer for layer in layers},
         unused=tuple(layer.name for layer in sums if not layer.calls),
         points=points,
-        recommended_threshold=_best(points),
+        recommended_threshold=_best(points, any(math.isinf(layer.max) for layer in layers)),
     )
 
 

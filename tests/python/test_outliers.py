@@ -653,3 +653,12 @@ def test_the_rest_of_utils():
 def test_figures_are_loaded_when_asked_for(python):
     code = "import sys, halfbyte; print(sorted(m for m in sys.modules if 'figures' in m))"
     assert python(code).strip() == "[]"
+
+
+def test_an_infinity_is_never_left_to_plain_int8():
+    layer = torch.nn.Linear(16, 32)
+    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+    x[0, 3] = torch.inf
+    report = find_outliers(layer, x)
+    assert report.recommended_threshold > 0
+    assert all(found.recommended_threshold > 0 for found in report.layers.values())
