@@ -311,17 +311,12 @@ fn run<T: Element>(
 ) {
     let n = weight.out_features;
     clear(routing, n, out);
-    let (mut few, mut many) = (Vec::new(), Vec::new());
-    for (e, Routed { rows, sharing }) in routed(routing, token_rows.sharing(routing)) {
-        let bias = bias.map(|bias| &bias[e * n..][..n]);
-        let (first, rest) = rows.split_at(few_rows::many_of(rows.len()));
-        for (rows, parts) in [(first, &mut many), (rest, &mut few)] {
-            if !rows.is_empty() {
-                let rows = Routed { rows, sharing };
-                parts.push(Part { weight: weight.expert(e), rows, bias });
-            }
-        }
-    }
+    let (few, many): (Vec<_>, Vec<_>) = routed(routing, token_rows.sharing(routing))
+        .map(|(e, rows)| {
+            let bias = bias.map(|bias| &bias[e * n..][..n]);
+            Part { weight: weight.expert(e), rows, bias }
+        })
+        .partition(|part| part.rows.rows.len() <= few_rows::MAX_ROWS);
     let out = &Shared::new(out);
     gemm::forward(isa, input, &many, out, |work| {
         few_rows::forward_parts(isa, input, &few, out, work);

@@ -131,14 +131,10 @@ pub(super) fn run<T: Element>(
     bias: Option<&[T]>,
     out: &mut [T],
 ) {
-    let many = few_rows::many_of(rows);
-    let (input, rest) = input.split_at(many * weight.in_features);
-    let (out, rest_out) = out.split_at_mut(many * weight.out_features);
-    if many > 0 {
-        many_rows::forward(isa, input, many, weight, bias, out);
-    }
-    if rows > many {
-        few_rows::forward(isa, rest, rows - many, weight, bias, rest_out);
+    if rows <= few_rows::MAX_ROWS {
+        few_rows::forward(isa, input, rows, weight, bias, out);
+    } else {
+        many_rows::forward(isa, input, rows, weight, bias, out);
     }
 }
 

@@ -1,6 +1,6 @@
-//! The choice between the ways: every number of rows, whichever way its last rows go.
+//! The choice between the ways: every number of rows, on both sides of the border.
 
-use super::{Weight4, few_rows, matmul_4bit};
+use super::{Weight4, matmul_4bit};
 use crate::ops::Scales;
 use crate::{BlockSize, Code4, NonFinite, isa};
 
@@ -31,13 +31,5 @@ fn every_number_of_rows_lies_near_the_exact_product() {
             let bound = products().map(f64::abs).sum::<f64>() * 1e-5 + 1e-6;
             assert!((f64::from(got) - exact).abs() <= bound, "{:?} {rows} rows", isa::selected());
         }
-    }
-}
-
-#[test]
-fn the_general_product_takes_whole_lines_and_long_rests() {
-    for (rows, many) in [(0, 0), (1, 0), (16, 0), (17, 16), (24, 16), (25, 25), (32, 32), (40, 32)]
-    {
-        assert_eq!(few_rows::many_of(rows), many, "{rows} rows");
     }
 }

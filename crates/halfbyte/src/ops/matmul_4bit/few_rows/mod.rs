@@ -58,9 +58,6 @@ use std::ops::Range;
 
 /// The most rows for which this way beats the general product.
 pub(in crate::ops) const MAX_ROWS: usize = 16;
-/// The most rows behind the last 16 of many that go this way too: the general product would take
-/// as long for them as for 16.
-const MAX_REST: usize = 8;
 
 /// Codes per unit: a unit is 4 packed bytes, and has one scale.
 const UNIT: usize = 8;
@@ -81,16 +78,6 @@ const TABLES: usize = 4;
 const PASS_FLOATS: usize = 1 << 18;
 /// Multiply-adds worth a task of its own, about 5 us.
 const TASK_WORK: usize = 1 << 17;
-
-/// How many of `rows` rows, from the first on, the general product takes.
-pub(in crate::ops) fn many_of(rows: usize) -> usize {
-    const LINE: usize = 16;
-    match rows % LINE {
-        _ if rows <= MAX_ROWS => 0,
-        rest if rest <= MAX_REST => rows - rest,
-        _ => rows,
-    }
-}
 
 /// As [`super::matmul_4bit`], for any number of rows, in passes of at most [`MAX_ROWS`].
 pub(super) fn forward<T: Element>(
