@@ -463,7 +463,11 @@ def bad_groups(bits: int) -> dict[str, tuple[Any, type[Exception], str]]:
         "step": (put("step", None, 0), ValueError, "step must count from 1, got 0"),
         "p dtype": (last("p", Tensor.double), ValueError, "parameter 2 must be float32, float16"),
         "g dtype": (last("g", Tensor.int), ValueError, "g of parameter 2 must be float32, float16"),
-        "complex": (last("g", lambda t: t + 1j), TypeError, "g of parameter 2: tensors of complex64 are not"),
+        "complex": (
+            last("g", lambda t: t + 1j),
+            TypeError,
+            "g of parameter 2: tensors of complex64 are not",
+        ),
         "g shape": (
             *(last("g", lambda t: t.view(5, 100)), ValueError),
             r"g of parameter 2 must have the parameter's shape \[500\], got \[5, 100\]",
