@@ -624,6 +624,8 @@ def _finish(quantizer: Any, model: nn.Module, full: str, target: _Target) -> Non
         )
     if _help_peft not in module._forward_hooks.values():
         module.register_forward_hook(_help_peft, always_call=True)
+    stack: Any = module.parametrizations[name]  # type: ignore[index]
+    stack.register_forward_hook(_refuse_merges)
 
 
 def _compute_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
@@ -796,3 +798,30 @@ def _help_peft(module: nn.Module, inputs: Any, output: Any) -> None:
     for stack in getattr(module, "parametrizations", {}).values():
         if type(stack[-1]).__name__ == "_LoraFactorsProxy" and not isinstance(stack[-1], known):
             stack[len(stack) - 1] = known(None)
+
+
+def _refuse_merges(stack: nn.Module, inputs: Any, output: Any) -> None:
+    """Let PEFT's merging of adapters into quantized experts raise instead of losing them.
+
+    It adds to what reading the parameter gives, which is decoded for that reader alone. A wrapper
+    reads its parameter when it is made, so this runs before any merge.
+    """
+    if torch.compiler.is_compiling():
+        return
+    layer = sys.modules.get("peft.tuners.lora.layer")
+    wrapper: Any = getattr(layer, "ParamWrapper", None)
+    if wrapper is None or hasattr(wrapper.merge, "_refuses_quantized_experts"):
+        return
+    original = wrapper.merge
+
+    @functools.wraps(original)
+    def merge(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if experts._packed_of(self.get_base_layer(), self.parameter_name) is not None:
+            raise NotImplementedError(
+                f"cannot merge an adapter into the quantized experts {self.parameter_name}: keep "
+                "the adapter, or take it off with unload()"
+            )
+        return original(self, *args, **kwargs)
+
+    merge._refuses_quantized_experts = True  # type: ignore[attr-defined]
+    wrapper.merge = merge
