@@ -272,6 +272,37 @@ def _weight_grad(grad: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.mm(_rows(grad).to(wide).t(), _rows(A).to(wide)).to(dtype)
 
 
+def _run_decoded(
+    A: Tensor, CB: Tensor, SCB: Tensor, bias: Tensor | None, state: MatmulLtState
+) -> Tensor:
+    """The product of float activations with the decoded weight."""
+    weight = dequantize_weight(CB, SCB, A.dtype)
+    return F.linear(A, weight, None if bias is None else bias.to(A.dtype))
+
+
+def _forward(
+    ctx: Any,
+    product: Callable[[Tensor, Tensor, Tensor, Tensor | None, MatmulLtState], Tensor],
+    A: Tensor,
+    B: Tensor,
+    out: Tensor | None,
+    bias: Tensor | None,
+    state: MatmulLtState | None,
+) -> Tensor:
+    """A product, and what :meth:`MatMul8bitLt.backward` needs of it."""
+    state = MatmulLtState() if state is None else state
+    needs_A, needs_B, *_ = ctx.needs_input_grad
+    CB, SCB = _quantized(B, state, needs_B)
+    result = product(A, CB, SCB, bias, state)
+    save(ctx, *((CB, SCB) if needs_A else (None, None)), A if needs_B else None)
+    ctx.dtypes = B.dtype, None if bias is None else bias.dtype
+    if out is None:
+        return result
+    out.copy_(result)
+    ctx.mark_dirty(out)
+    return out
+
+
 class MatMul8bitLt(torch.autograd.Function):
     """``A · W^T + bias`` with int8 activations and weight, see :func:`matmul`.
 
@@ -288,17 +319,7 @@ class MatMul8bitLt(torch.autograd.Function):
         bias: Tensor | None = None,
         state: MatmulLtState | None = None,
     ) -> Tensor:
-        state = MatmulLtState() if state is None else state
-        needs_A, needs_B, *_ = ctx.needs_input_grad
-        CB, SCB = _quantized(B, state, needs_B)
-        result = _run(A, CB, SCB, bias, state)
-        save(ctx, *((CB, SCB) if needs_A else (None, None)), A if needs_B else None)
-        ctx.dtypes = B.dtype, None if bias is None else bias.dtype
-        if out is None:
-            return result
-        out.copy_(result)
-        ctx.mark_dirty(out)
-        return out
+        return _forward(ctx, _run, A, B, out, bias, state)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
@@ -317,7 +338,8 @@ class MatMul8bitLt(torch.autograd.Function):
 class MatMul8bitFp(torch.autograd.Function):
     """``A · dequantize(W)^T + bias``: the product with the int8 weight and float activations.
 
-    It decodes the whole weight, forward and backward. :func:`matmul` does not use it.
+    The forward pass decodes the whole weight; gradients are those of :class:`MatMul8bitLt`.
+    :func:`matmul` does not use it.
     """
 
     @staticmethod
@@ -329,18 +351,7 @@ class MatMul8bitFp(torch.autograd.Function):
         bias: Tensor | None = None,
         state: MatmulLtState | None = None,
     ) -> Tensor:
-        state = MatmulLtState() if state is None else state
-        needs_A, needs_B, *_ = ctx.needs_input_grad
-        CB, SCB = _quantized(B, state, needs_B)
-        weight = dequantize_weight(CB, SCB, A.dtype)
-        result = F.linear(A, weight, None if bias is None else bias.to(A.dtype))
-        save(ctx, *((CB, SCB) if needs_A else (None, None)), A if needs_B else None)
-        ctx.dtypes = B.dtype, None if bias is None else bias.dtype
-        if out is None:
-            return result
-        out.copy_(result)
-        ctx.mark_dirty(out)
-        return out
+        return _forward(ctx, _run_decoded, A, B, out, bias, state)
 
     backward = MatMul8bitLt.backward
 
