@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -33,6 +33,7 @@ from ..autograd._matmul_8bit import (
     quantize_weight,
     traced_product,
 )
+from . import _sharded
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -324,7 +325,7 @@ class _EightBitWeight(nn.Module):
         weight = self._parameters.get("weight")
         if weight is None:
             return
-        if weight.dtype != torch.int8:
+        if weight.dtype != torch.int8 or _sharded.is_distributed(weight):
             self._keep(None, None)
         else:
             scales = getattr(weight, "SCB", None)
@@ -332,9 +333,29 @@ class _EightBitWeight(nn.Module):
                 self._keep(weight.data, scales)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and isinstance(value, Tensor):
+            self._enter(value)
         super().__setattr__(name, value)
         if name == "weight" and "_eight_bit" in self.__dict__:
             self._sync()
+
+    def _enter(self, weight: Any) -> None:
+        """Note that FSDP2 is about to put the sharded or the gathered weight in place."""
+        if _sharded.is_distributed(weight):
+            if _sharded.shard_of(weight) is None:
+                scales = self._scales() if weight.dtype == torch.int8 else None
+                if scales is None:
+                    return  # a float weight
+                _sharded.adopt(weight, _sharded.Whole8bit(weight.shape[0]), [scales])
+            self.__dict__["_sharded_weight"] = weight
+            return
+        shard = _sharded.shard_of(self.__dict__.get("_sharded_weight"))
+        if shard is None or not shard.holds(weight):
+            return
+        if not isinstance(weight, Int8Params):
+            weight.__class__ = Int8Params  # FSDP's own object, which it will keep
+            weight.CB = weight.data
+        weight.SCB = shard.gathered
 
     def _hold(self, has_fp16_weights: bool) -> None:
         """Make the float weight that the base class has initialized an Int8Params."""
@@ -374,6 +395,8 @@ class _EightBitWeight(nn.Module):
         RuntimeError when the weight was never quantized or its scales are lost.
         """
         weight = self.weight
+        if _sharded.shard_of(weight) is not None:
+            raise RuntimeError(_sharded.still_sharded(self))
         if weight.dtype != torch.int8:
             raise RuntimeError(
                 f"{type(self).__name__} is not quantized yet: its weight is {weight.dtype} of "
@@ -396,8 +419,9 @@ class _EightBitWeight(nn.Module):
         return codes, scales
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        weight = self._parameters.get("weight")
-        if not isinstance(weight, Int8Params):
+        weight: Any = self._parameters.get("weight")
+        sharded = _sharded.shard_of(weight) is not None
+        if not sharded and not isinstance(weight, Int8Params):
             super()._apply(fn, recurse)
             if weight is not None and weight.dtype == torch.int8:
                 self._keep(self.weight.data, _follow(self._kept(), self.weight.data))
@@ -409,6 +433,9 @@ class _EightBitWeight(nn.Module):
             super()._apply(fn, recurse)
         finally:
             self._parameters["weight"] = weight
+        if sharded:
+            self.weight = _sharded.moved(weight, fn)
+            return self
         if weight._is_quantized() and weight.SCB is None:
             weight.SCB = self._kept()
         self._parameters["weight"] = weight._apply(fn)
@@ -430,6 +457,18 @@ class _EightBitWeight(nn.Module):
         if scales is not None:
             destination[prefix + "SCB"] = scales if keep_vars else scales.detach()
             destination[prefix + "weight_format"] = self.weight_format
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """As ``nn.Module.named_buffers``. While the weight is sharded, also what a state dict holds
+        beside it: ``torch.distributed.checkpoint.state_dict`` broadcasts from rank 0 what it finds
+        here."""
+        yield from super().named_buffers(prefix, recurse, remove_duplicate)
+        if _sharded.shard_of(self._parameters.get("weight")) is not None:
+            start = f"{prefix}." if prefix else ""
+            yield f"{start}SCB", self.SCB
+            yield f"{start}weight_format", self.weight_format
 
     def _load_from_state_dict(
         self,
@@ -521,7 +560,9 @@ class _EightBitWeight(nn.Module):
         """Make ``codes`` and ``scales`` this layer's weight; keep the parameter object unless
         ``replace``."""
         weight = self.weight
-        if replace or not isinstance(weight, Int8Params):
+        if _sharded.shard_of(weight) is not None:
+            self.weight = _sharded.put_8bit(weight, codes, scales)
+        elif replace or not isinstance(weight, Int8Params):
             others = {} if not isinstance(weight, Int8Params) else weight._attributes()
             self.weight = Int8Params(codes, **(others | {"requires_grad": False, "SCB": scales}))
         else:

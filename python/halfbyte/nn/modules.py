@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..autograd._functions import matmul_4bit
 from ..functional import QuantState, dequantize_4bit, quantize_4bit
 from ..optim import GlobalOptimManager
-from . import _packed
+from . import _fsdp1, _packed, _sharded
 from ._eight_bit import Embedding8bit, Int8Params, Linear8bitLt, OutlierAwareLinear, _device
 
 if TYPE_CHECKING:
@@ -467,6 +467,8 @@ def _reunite(
     module: Linear4bit | Embedding4bit, weight: Tensor, state: QuantState | None
 ) -> Tensor:
     """Check that ``weight`` is what ``state`` describes and make it carry it, as a Params4bit."""
+    if _sharded.shard_of(weight) is not None:
+        raise RuntimeError(_sharded.still_sharded(module))
     if (
         state is None
         or _is_logical(weight, state)
@@ -483,7 +485,8 @@ def _reunite(
             f"{type(module).__name__} kept the quantization state of a weight of shape "
             f"{list(state.shape)}, which takes {_packed.packed_units(state.shape, storage)} "
             f"elements of {storage}, but its weight is now {weight.dtype} of shape "
-            f"{list(weight.shape)}: packed bytes must not be cast, resized or left sharded"
+            f"{list(weight.shape)}: packed bytes must not be cast, resized or left sharded. (Mixed "
+            "precision of FSDP1 casts every parameter: give the layer quant_storage=param_dtype)"
         )
     if isinstance(weight, Params4bit):
         weight.quant_state = state
@@ -491,14 +494,29 @@ def _reunite(
     raw = weight.data
     if type(raw) is not Tensor:
         return weight  # a stand-in of some tracer (torch.export), which must stay what it is
+    if _fsdp1.is_view(weight):
+        source = _fsdp1.cast_from(weight)
+        if source is not None:
+            raise RuntimeError(
+                f"{type(module).__name__} of shape {list(state.shape)}: FSDP1 keeps its packed "
+                f"bytes as {source} and casts them to {storage} for each pass, which changes some "
+                "of them. Do not upcast the flat parameter (accelerate does so with "
+                "mixed_precision): wrap quantized layers apart from trainable parameters"
+            )
+        return weight
+    return _wrap(module, raw, state)
+
+
+def _wrap(module: Linear4bit | Embedding4bit, packed: Tensor, state: QuantState) -> Params4bit:
+    """``packed`` as a Params4bit with ``state``, which becomes the weight of ``module``."""
     found = Params4bit(
-        raw,
+        packed,
         requires_grad=False,
         quant_state=state,
         blocksize=state.blocksize,
         compress_statistics=state.nested,
         quant_type=state.quant_type,
-        quant_storage=weight.dtype,
+        quant_storage=packed.dtype,
         module=module,
         bnb_quantized=True,
     )
@@ -519,7 +537,9 @@ def fix_4bit_weight_quant_state_from_module(module: Linear4bit | Embedding4bit) 
         RuntimeError: the layer was never quantized, or its weight is not (any more) the packed
             weight that the state describes.
     """
-    _recover(module)
+    packed, state = _recover(module)
+    if not isinstance(module.weight, Params4bit) and type(packed) is Tensor:
+        _wrap(module, packed, state)
 
 
 def _check_quant_type(quant_type: str) -> None:
@@ -548,9 +568,38 @@ class _FourBitWeight(nn.Module):
         self.quant_storage = config["quant_storage"]
         self.weight = Params4bit(self.weight.data, requires_grad=False, module=self, **config)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        weight = self._parameters.get("weight")
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and isinstance(value, Tensor):
+            self._enter(value)
+            if self.__dict__.get("quant_state") is not None and _fsdp1.is_view(value):
+                _fsdp1.label(value, self.quant_state)  # type: ignore[arg-type]
+        super().__setattr__(name, value)
+
+    def _enter(self, weight: Any) -> None:
+        """Note that FSDP2 is about to put the sharded or the gathered weight in place."""
+        if _sharded.is_distributed(weight):
+            if _sharded.shard_of(weight) is None:
+                state = self._known_state()
+                if state is None or not _packed.holds(weight, state.shape):
+                    return  # a float weight
+                whole = _sharded.Whole4bit(state)
+                _sharded.adopt(weight, whole, whole.scales(state))
+            self.quant_state = weight.quant_state
+            self.__dict__["_sharded_weight"] = weight
+            return
+        shard = _sharded.shard_of(self.__dict__.get("_sharded_weight"))
+        if shard is None or not shard.holds(weight):
+            return
         if not isinstance(weight, Params4bit):
+            weight.__class__ = Params4bit  # FSDP's own object, which it will keep
+        if weight.quant_state is not shard.gathered:
+            weight._describe(shard.gathered, weight.dtype)
+        self.quant_state = shard.gathered
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        weight: Any = self._parameters.get("weight")
+        sharded = _sharded.shard_of(weight) is not None
+        if not sharded and not isinstance(weight, Params4bit):
             return super()._apply(fn, recurse)
         # nn.Module would turn the parameter into a plain one wherever it cannot swap its data (from
         # and to the meta device), so it does not get to see it.
@@ -559,7 +608,10 @@ class _FourBitWeight(nn.Module):
             super()._apply(fn, recurse)
         finally:
             self._parameters["weight"] = weight
-        self._parameters["weight"] = weight._apply(fn)
+        if sharded:
+            self.weight = _sharded.moved(weight, fn)
+        else:
+            self._parameters["weight"] = weight._apply(fn)
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -585,9 +637,23 @@ class _FourBitWeight(nn.Module):
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         state = self._known_state()
+        if state is None and _fsdp1.is_view(self.__dict__.get("weight")):
+            state = self.quant_state  # beside FSDP1's flat parameter, which holds the codes
         if state is not None:
             for name, tensor in state.as_dict(packed=True).items():
                 destination[f"{prefix}weight.{name}"] = tensor if keep_vars else tensor.detach()
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """As ``nn.Module.named_buffers``. While the weight is sharded, also what a state dict holds
+        beside it: ``torch.distributed.checkpoint.state_dict`` broadcasts from rank 0 what it finds
+        here."""
+        yield from super().named_buffers(prefix, recurse, remove_duplicate)
+        if _sharded.shard_of(self._parameters.get("weight")) is not None:
+            start = f"{prefix}." if prefix else ""
+            for name, tensor in self.weight.quant_state.as_dict(packed=True).items():
+                yield f"{start}weight.{name}", tensor
 
     def _load_from_state_dict(
         self,
@@ -602,7 +668,11 @@ class _FourBitWeight(nn.Module):
         key = prefix + "weight"
         packed = bool(_packed.members(state_dict, key))
         quantized = self._known_state() is not None
-        if self._parameters.get("weight") is None or not (
+        view = self.__dict__.get("weight")
+        beside_flat = packed and key not in state_dict and _fsdp1.is_view(view)
+        if beside_flat:
+            state_dict = {**state_dict, key: view}  # the codes come with FSDP1's flat parameter
+        elif self._parameters.get("weight") is None or not (
             packed or (quantized and key in state_dict)
         ):
             super()._load_from_state_dict(
@@ -650,12 +720,19 @@ class _FourBitWeight(nn.Module):
         )
         if family is None:
             return
+        if beside_flat:
+            self.quant_state = family.state
+            _fsdp1.label(weight, family.state)
+            return
         if on_meta:
             warnings.warn(
                 f"for {key}: copying a state dict into a layer on the meta device does nothing; "
                 "pass assign=True to take the state dict's tensors, or call to_empty() first",
                 stacklevel=2,
             )
+            return
+        if _sharded.shard_of(weight) is not None:
+            self._put(key, family.packed, family.state, error_msgs)
             return
         if assign:
             storage, data = family.packed.dtype, family.packed
@@ -669,6 +746,8 @@ class _FourBitWeight(nn.Module):
         weight = self.weight
         state = self._known_state()
         assert state is not None
+        if _sharded.is_distributed(incoming):
+            incoming = incoming.full_tensor()  # type: ignore[attr-defined]
         packed, new = quantize_4bit(
             incoming.detach().to(device).contiguous(),
             blocksize=state.blocksize,
@@ -676,13 +755,31 @@ class _FourBitWeight(nn.Module):
             quant_type=state.quant_type,
             quant_storage=weight.dtype,
         )
+        if _sharded.shard_of(weight) is not None:
+            self.weight = _sharded.put_4bit(weight, packed, new)
+            return
         self._take(packed, new, weight.dtype, replace=False)
+
+    def _put(self, key: str, packed: Tensor, state: QuantState, error_msgs: list[str]) -> None:
+        """Load a weight into a sharded layer: every rank takes its part."""
+        wrong = self.weight._local_tensor.whole.differs(state)
+        if wrong is not None:
+            error_msgs.append(f"{key}: {wrong}")
+            return
+        self.weight = _sharded.put_4bit(self.weight, packed.detach(), state)
 
     def _take(self, data: Tensor, state: QuantState, storage: torch.dtype, replace: bool) -> None:
         """Make ``data`` and ``state`` this layer's weight; keep the parameter object unless
         ``replace``."""
         weight = self.weight
-        if replace or not isinstance(weight, Params4bit):
+        if not replace and weight.dtype == data.dtype and weight.shape == data.shape:
+            # In place: the weight may be a view into what FSDP1 has flattened.
+            with torch.no_grad():
+                weight.data.view(torch.uint8).copy_(data.view(torch.uint8))
+            if not isinstance(weight, Params4bit):
+                weight = _wrap(self, weight.data, state)  # type: ignore[arg-type]
+            weight.module = self
+        elif replace or not isinstance(weight, Params4bit):
             weight = Params4bit(data, module=self)
             self.weight = weight
         else:
