@@ -32,7 +32,7 @@ $(STAMPS)/venv: requirements/dev.txt
 	@test -x $(PY) || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@test -x $(UV) || $(PY) -m pip install --quiet uv
 	@echo "installing PyTorch and the test clients into $(VENV) (about 3 GB, once)"
-	@$(UV) pip install --quiet --python $(PY) -r requirements/dev.txt
+	@$(UV) pip install --quiet --compile-bytecode --python $(PY) -r requirements/dev.txt
 	@touch $@
 
 # The wheel as a user would build it, and the drop-in beside it.

@@ -77,7 +77,18 @@ def _rank(rank: int, world: int, folder: str, function: Any, arguments: dict[str
     return 0
 
 
+# What nearly every rank will import: once here is cheaper than once in each.
+_COMMON = (
+    "torch._dynamo",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+)
+
+
 def _host(module: str, name: str, world: int, folder: str, arguments: dict[str, Any]) -> int:
+    for common in _COMMON:
+        importlib.import_module(common)
     function = getattr(importlib.import_module(module), name)
     children: dict[int, int] = {}
     for rank in range(world):

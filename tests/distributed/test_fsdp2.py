@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import weakref
 from typing import Any
 
 import pytest
@@ -146,10 +147,11 @@ def memory_is_sharded(rank: int, world: int) -> list[int]:
     """Codes and scales that a rank keeps while nothing is gathered."""
     torch.manual_seed(0)
     model = nn.Sequential(Linear4bit(1024, 1024, bias=False, quant_type="nf4")).to("cpu")
-    shard(model)
-    model(torch.ones(1, 1024))
-    model.reshard() if hasattr(model, "reshard") else None
     layer = model[0]
+    whole = weakref.ref(layer.weight.quant_state.absmax)
+    shard(model)
+    assert whole() is None, "a rank keeps the scales of the whole weight"
+    model(torch.ones(1, 1024))
     layer.reshard()
     local = layer.weight._local_tensor
     gathered = local.gathered

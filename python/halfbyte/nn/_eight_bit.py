@@ -33,7 +33,7 @@ from ..autograd._matmul_8bit import (
     quantize_weight,
     traced_product,
 )
-from . import _sharded
+from . import _sharded, _zero3
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -102,6 +102,7 @@ class Int8Params(nn.Parameter):
 
     def _quantize(self, device: torch.device | str | int) -> Self:
         """Quantize the float weight on ``device``, in place."""
+        _zero3.check(self)
         codes, scales = quantize_weight(self.data.to(device))
         self._take(codes, scales)
         return self
@@ -359,6 +360,8 @@ class _EightBitWeight(nn.Module):
 
     def _hold(self, has_fp16_weights: bool) -> None:
         """Make the float weight that the base class has initialized an Int8Params."""
+        if not has_fp16_weights:
+            _zero3.check_construction(self)
         self._eight_bit = True
         self.weight = Int8Params(
             self.weight.data, requires_grad=has_fp16_weights, has_fp16_weights=has_fp16_weights
@@ -395,8 +398,10 @@ class _EightBitWeight(nn.Module):
         RuntimeError when the weight was never quantized or its scales are lost.
         """
         weight = self.weight
-        if _sharded.shard_of(weight) is not None:
-            raise RuntimeError(_sharded.still_sharded(self))
+        _zero3.check(weight, self)
+        refusal = _sharded.refusal(self, weight)
+        if refusal is not None:
+            raise RuntimeError(refusal)
         if weight.dtype != torch.int8:
             raise RuntimeError(
                 f"{type(self).__name__} is not quantized yet: its weight is {weight.dtype} of "
@@ -461,11 +466,11 @@ class _EightBitWeight(nn.Module):
     def named_buffers(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, Tensor]]:
-        """As ``nn.Module.named_buffers``. While the weight is sharded, also what a state dict holds
-        beside it: ``torch.distributed.checkpoint.state_dict`` broadcasts from rank 0 what it finds
-        here."""
+        """As ``nn.Module.named_buffers``. With ``recurse=False``, while the weight is sharded, also
+        what a state dict holds beside it: ``torch.distributed.checkpoint.state_dict`` broadcasts
+        from rank 0 what it finds so."""
         yield from super().named_buffers(prefix, recurse, remove_duplicate)
-        if _sharded.shard_of(self._parameters.get("weight")) is not None:
+        if not recurse and _sharded.shard_of(self._parameters.get("weight")) is not None:
             start = f"{prefix}." if prefix else ""
             yield f"{start}SCB", self.SCB
             yield f"{start}weight_format", self.weight_format

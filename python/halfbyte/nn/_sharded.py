@@ -38,12 +38,13 @@ class Whole4bit:
     """
 
     def __init__(self, state: QuantState) -> None:
-        self._state = state
         blocks = -(-math.prod(state.shape) // state.blocksize)
         self.lengths: tuple[int, ...] = (blocks,)
         """Elements of each tensor of scales of the whole weight."""
         if state.nested:
             self.lengths = (blocks, -(-blocks // state.state2.blocksize))
+        self._state = state
+        self._state = self.state([None] * len(self.lengths))  # lets go of the scales
 
     @staticmethod
     def scales(state: QuantState) -> tuple[Tensor, ...]:
@@ -393,10 +394,18 @@ def put_8bit(weight: Any, codes: Tensor, scales: Tensor) -> Any:
     return put(weight, parts[0], Whole8bit(rows), parts[1])
 
 
-def still_sharded(module: nn.Module) -> str:
-    """What to say when a layer is called while its weight is sharded."""
-    return (
-        f"the weight of this {type(module).__name__} is sharded by FSDP2 and not gathered: call "
-        "the module that fully_shard() was applied to (its forward gathers the weight), or its "
-        "unshard() first"
-    )
+def refusal(module: nn.Module, weight: Any) -> str | None:
+    """Why a layer cannot compute with a weight that is still sharded; None where it is not."""
+    name = type(module).__name__
+    if shard_of(weight) is not None:
+        return (
+            f"the weight of this {name} is sharded by FSDP2 and not gathered: call the module that "
+            "fully_shard() was applied to (its forward gathers the weight), or its unshard() first"
+        )
+    if is_distributed(weight):
+        return (
+            f"{name} is not quantized: its weight was sharded as a float one, "
+            f"{list(weight.shape)}. Quantize before fully_shard(), with .to(device), or let "
+            "distributed.prepare() and distributed.load() quantize while loading"
+        )
+    return None

@@ -281,7 +281,14 @@ class Experts4bit(_FourBitWeight, _Experts):
         return self
 
     def _logical_shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        return _stored_shape(self.shape, self.weight.blocksize)
+        return _stored_shape(self.shape, self._blocksize())
+
+    def _blocksize(self) -> int:
+        """Of the weight, also where a wrapper has put a plain one in its place."""
+        found = getattr(self.weight, "blocksize", None)
+        if found is None and self.quant_state is not None:
+            found = self.quant_state.blocksize
+        return 64 if found is None else int(found)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         key = prefix + "weight"
@@ -291,7 +298,7 @@ class Experts4bit(_FourBitWeight, _Experts):
             and incoming.is_floating_point()
             and incoming.shape == self.shape
         ):
-            state_dict = {**state_dict, key: _pad(incoming, self.weight.blocksize)}
+            state_dict = {**state_dict, key: _pad(incoming, self._blocksize())}
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor, expert_ids: Tensor) -> Tensor:

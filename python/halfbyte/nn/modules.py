@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..autograd._functions import matmul_4bit
 from ..functional import QuantState, dequantize_4bit, quantize_4bit
 from ..optim import GlobalOptimManager
-from . import _fsdp1, _packed, _sharded
+from . import _fsdp1, _packed, _sharded, _zero3
 from ._eight_bit import Embedding8bit, Int8Params, Linear8bitLt, OutlierAwareLinear, _device
 
 if TYPE_CHECKING:
@@ -194,6 +194,7 @@ class Params4bit(nn.Parameter):
 
     def _quantize(self, device: torch.device | str | int) -> Self:
         """Pack the float weight on ``device``, in place."""
+        _zero3.check(self, self.module)
         weight = self.data.to(device)
         if self.requires_grad and not self.quant_storage.is_floating_point:
             raise RuntimeError(
@@ -445,6 +446,7 @@ def _recover(module: Linear4bit | Embedding4bit) -> tuple[Tensor, QuantState]:
     RuntimeError when the weight was never quantized, or is not what the module's state describes.
     """
     weight: Tensor = module.weight
+    _zero3.check(weight, module)
     state: QuantState | None = getattr(weight, "quant_state", None)
     if state is None or not isinstance(weight, Params4bit):
         state = module.quant_state if state is None else state
@@ -467,8 +469,9 @@ def _reunite(
     module: Linear4bit | Embedding4bit, weight: Tensor, state: QuantState | None
 ) -> Tensor:
     """Check that ``weight`` is what ``state`` describes and make it carry it, as a Params4bit."""
-    if _sharded.shard_of(weight) is not None:
-        raise RuntimeError(_sharded.still_sharded(module))
+    refusal = _sharded.refusal(module, weight)
+    if refusal is not None:
+        raise RuntimeError(refusal)
     if (
         state is None
         or _is_logical(weight, state)
@@ -564,6 +567,7 @@ class _FourBitWeight(nn.Module):
     def _hold(self, **config: Any) -> None:
         """Make the float weight that the base class has initialized a Params4bit."""
         _check_quant_type(config["quant_type"])
+        _zero3.check_construction(self)
         self.quant_state = None
         self.quant_storage = config["quant_storage"]
         self.weight = Params4bit(self.weight.data, requires_grad=False, module=self, **config)
@@ -646,11 +650,11 @@ class _FourBitWeight(nn.Module):
     def named_buffers(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, Tensor]]:
-        """As ``nn.Module.named_buffers``. While the weight is sharded, also what a state dict holds
-        beside it: ``torch.distributed.checkpoint.state_dict`` broadcasts from rank 0 what it finds
-        here."""
+        """As ``nn.Module.named_buffers``. With ``recurse=False``, while the weight is sharded, also
+        what a state dict holds beside it: ``torch.distributed.checkpoint.state_dict`` broadcasts
+        from rank 0 what it finds so."""
         yield from super().named_buffers(prefix, recurse, remove_duplicate)
-        if _sharded.shard_of(self._parameters.get("weight")) is not None:
+        if not recurse and _sharded.shard_of(self._parameters.get("weight")) is not None:
             start = f"{prefix}." if prefix else ""
             for name, tensor in self.weight.quant_state.as_dict(packed=True).items():
                 yield f"{start}weight.{name}", tensor
