@@ -140,6 +140,15 @@ def sharding_options(rank: int, world: int) -> str:
     assert torch.equal(codes.flatten(), plain.state_dict()["0.base.weight"].flatten())
     with pytest.raises(RuntimeError, match="sharded by FSDP2 and not gathered"):
         model[1].base(torch.ones(1, 192))
+    twin = copy.deepcopy(model[0].base.weight._local_tensor)
+    assert torch.equal(twin.scales[0], model[0].base.weight._local_tensor.scales[0])
+    assert twin.data_ptr() != model[0].base.weight._local_tensor.data_ptr()
+    assert "DTensor" in repr(model[0].base.weight)
+    for layer in (Linear4bit(64, 64), Linear8bitLt(64, 64, has_fp16_weights=False)):
+        late = nn.Sequential(layer)
+        shard(late)
+        with pytest.raises(RuntimeError, match="sharded as a float one"):
+            late(torch.ones(1, 64))
     return "done"
 
 

@@ -549,7 +549,11 @@ def test_lost_state_is_recovered(how, storage):
     want = module(x)
     state = module.quant_state
     lose(module, how)
+    lost = module.weight
     assert torch.equal(module(x), want)
+    if how == "tensor":  # FSDP1 knows its views again by their identity
+        assert module.weight is lost
+        fix_4bit_weight_quant_state_from_module(module)
     assert type(module.weight) is Params4bit
     assert module.weight.quant_state is state
     assert module.weight.quant_storage == storage

@@ -346,11 +346,12 @@ class _EightBitWeight(nn.Module):
             if _sharded.shard_of(weight) is None:
                 scales = self._scales() if weight.dtype == torch.int8 else None
                 if scales is None:
-                    return  # a float weight
+                    _sharded.note(self, weight)
+                    return
                 _sharded.adopt(weight, _sharded.Whole8bit(weight.shape[0]), [scales])
-            self.__dict__["_sharded_weight"] = weight
+            _sharded.note(self, weight)
             return
-        shard = _sharded.shard_of(self.__dict__.get("_sharded_weight"))
+        shard = _sharded.noted(self)
         if shard is None or not shard.holds(weight):
             return
         if not isinstance(weight, Int8Params):

@@ -156,6 +156,18 @@ class LocalShard(Tensor):
         """The codes as a plain tensor over the same memory."""
         return self.as_subclass(Tensor)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> LocalShard:
+        """A copy with codes and scales of its own, not gathered yet."""
+        if id(self) not in memo:
+            scales = [scale.clone() for scale in self.scales]
+            codes = self.plain().clone()
+            memo[id(self)] = self.make(codes, self.whole, scales, self.rows, self.world)
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As the plain tensor of its codes: what is saved of a shard is its state dict."""
+        return self.plain().__reduce_ex__(protocol)
+
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -394,18 +406,31 @@ def put_8bit(weight: Any, codes: Tensor, scales: Tensor) -> Any:
     return put(weight, parts[0], Whole8bit(rows), parts[1])
 
 
+def note(module: nn.Module, weight: Any) -> None:
+    """Let a layer know the DTensor that FSDP2 has put in place of its weight, also while that is
+    gathered."""
+    module.__dict__["_sharded_weight"] = weight
+
+
+def noted(module: nn.Module) -> LocalShard | None:
+    """The shard of the weight that FSDP2 has in place, or had before it gathered it; None where
+    there is none, or where it is one of float numbers."""
+    return shard_of(module.__dict__.get("_sharded_weight"))
+
+
 def refusal(module: nn.Module, weight: Any) -> str | None:
-    """Why a layer cannot compute with a weight that is still sharded; None where it is not."""
+    """Why a layer cannot compute with a weight that FSDP2 has sharded; None where it can."""
     name = type(module).__name__
     if shard_of(weight) is not None:
         return (
             f"the weight of this {name} is sharded by FSDP2 and not gathered: call the module that "
             "fully_shard() was applied to (its forward gathers the weight), or its unshard() first"
         )
-    if is_distributed(weight):
+    known = module.__dict__.get("_sharded_weight")
+    if known is not None and noted(module) is None:
         return (
-            f"{name} is not quantized: its weight was sharded as a float one, "
-            f"{list(weight.shape)}. Quantize before fully_shard(), with .to(device), or let "
+            f"{name} is not quantized: its weight of shape {list(known.shape)} was "
+            "sharded as a float one. Quantize before fully_shard(), with .to(device), or let "
             "distributed.prepare() and distributed.load() quantize while loading"
         )
     return None

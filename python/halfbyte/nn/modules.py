@@ -585,13 +585,14 @@ class _FourBitWeight(nn.Module):
             if _sharded.shard_of(weight) is None:
                 state = self._known_state()
                 if state is None or not _packed.holds(weight, state.shape):
-                    return  # a float weight
+                    _sharded.note(self, weight)
+                    return
                 whole = _sharded.Whole4bit(state)
                 _sharded.adopt(weight, whole, whole.scales(state))
             self.quant_state = weight.quant_state
-            self.__dict__["_sharded_weight"] = weight
+            _sharded.note(self, weight)
             return
-        shard = _sharded.shard_of(self.__dict__.get("_sharded_weight"))
+        shard = _sharded.noted(self)
         if shard is None or not shard.holds(weight):
             return
         if not isinstance(weight, Params4bit):
