@@ -4,6 +4,9 @@ Exits with 0 when the self-test passes, else with 1.
 
 ``python -m <package> outliers --model DIR --text FILE`` runs a causal language model on a text and
 prints what :func:`~.utils.find_outliers` found.
+
+``python -m <package> plan --model DIR --ranks N --gpu-mem 24G`` computes how much memory each rank
+needs to fine-tune a model; see ``--help`` and :func:`~.distributed.plan`.
 """
 
 from __future__ import annotations
@@ -157,13 +160,23 @@ def outliers(argv: Sequence[str]) -> int:
     return 0
 
 
+def plan(argv: Sequence[str]) -> int:
+    """``plan``: prints how much memory a rank needs; see :func:`~.distributed._plan_text.main`."""
+    from .distributed._plan_text import main
+
+    return main(argv, prog=f"python -m {__package__} plan")
+
+
 def main(argv: Sequence[str] = ()) -> int:
     """Prints the report and returns the exit status."""
     if argv:
         if argv[0] == "outliers":
             return outliers(argv[1:])
+        if argv[0] == "plan":
+            return plan(argv[1:])
         print(
-            f"expected no argument, or outliers and its options, got {argv[0]!r}", file=sys.stderr
+            "expected no argument, or outliers or plan and its options, got " + repr(argv[0]),
+            file=sys.stderr,
         )
         return 2
     package = importlib.import_module(__package__ or "halfbyte")

@@ -583,7 +583,11 @@ def test_the_command(tmp_path: Path, capsys):
     [
         (["outliers", "--model", "none", "--text", "none"], 1, "expected a folder, found none"),
         (["outliers", "--model", str(ROOT / "docs"), "--text", "none"], 1, "outliers: "),
-        (["unknown"], 2, "expected no argument, or outliers and its options, got 'unknown'"),
+        (
+            ["unknown"],
+            2,
+            "expected no argument, or outliers or plan and its options, got 'unknown'",
+        ),
     ],
 )
 def test_the_command_s_refusals(arguments: list[str], status: int, sentence: str, capsys):
