@@ -3,7 +3,7 @@
 #   make demo    the main job: a small LM in NF4, fine-tuned with LoRA, saved, reloaded
 #   make test    everything that passes without a GPU
 #
-# also: check · bench · curves · paged · docs · upstream-env · check-aarch64 · miri · fuzz · clean
+# also: check · bench · curves · paged · distributed-curves · two-hosts · docs · upstream-env · check-aarch64 · miri · fuzz · clean
 
 PYTHON  ?= python3
 VENV    := .venv
@@ -19,7 +19,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-rust test-python test-parity check check-aarch64 miri fuzz bench curves paged docs \
+.PHONY: demo test test-rust test-python test-parity check check-aarch64 miri fuzz bench curves paged \
+        distributed-curves two-hosts docs \
         install upstream-env clean
 .DEFAULT_GOAL := test
 
@@ -67,7 +68,7 @@ test-rust:
 	@cargo test --quiet --workspace
 
 test-python: $(STAMPS)/install
-	@$(PY) -m pytest -q tests/python tests/clients tests/demo
+	@$(PY) -m pytest -q tests/python tests/clients tests/demo tests/distributed
 
 # A fixed seed, so that CI is reproducible; any other: make test-parity SEED=random-number
 SEED ?= 20261121
@@ -105,6 +106,14 @@ curves: $(STAMPS)/install $(STAMPS)/upstream
 # An optimizer whose state is four times a memory limit; needs the right to make a control group.
 paged: $(STAMPS)/install
 	@$(PY) bench/paged.py $(ARGS)
+
+# docs/figures/distributed_curves.svg: training on 1, 2 and 4 ranks, about 20 minutes on two cores.
+distributed-curves: $(STAMPS)/install
+	@$(PY) bench/distributed.py curves $(ARGS)
+
+# Bytes on the wire between two network namespaces; needs Linux, iproute2 and root.
+two-hosts: $(STAMPS)/install
+	@$(PY) bench/distributed.py hosts $(ARGS)
 
 docs: $(STAMPS)/install
 	@RUSTDOCFLAGS="-D warnings" cargo doc --quiet --no-deps -p halfbyte
