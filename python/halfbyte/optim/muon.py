@@ -17,8 +17,9 @@ from torch import Tensor
 
 from .. import functional as F
 from .._ops import failure, ops, step_group
+from . import _sharded
+from ._coding import BLOCKSIZE as _BLOCKSIZE
 from .optimizer import (
-    _BLOCKSIZE,
     _FLOATS,
     _Batch,
     _check_common,
@@ -70,7 +71,8 @@ class Muon8bit(_StateOptimizer):
     in ``ns_dtype``.
 
     Sharded parameters (FSDP2's DTensor): every rank gathers the matrix, iterates, and takes its
-    part; all ranks must step together, as they do.
+    part; all ranks must step together, as they do. FSDP1's parameters are flat, and refused unless
+    their group says ``use_muon=False``.
 
     Args:
         params: parameters, named parameters or groups.
@@ -180,6 +182,14 @@ class Muon8bit(_StateOptimizer):
             for key in ("params", "param_names"):
                 if key in group:
                     part[key] = [x for x, m in zip(group[key], matrices, strict=True) if m is muon]
+            if muon or use_muon is None:
+                for p in part["params"]:
+                    if _sharded.is_flat(p):
+                        raise ValueError(
+                            "Muon8bit needs matrices, which FSDP1 flattens: shard the model with "
+                            "fully_shard (FSDP2), or give these parameters to a group with "
+                            "use_muon=False"
+                        )
             if muon:
                 for p in part["params"]:
                     if p.dim() < 2:
@@ -231,14 +241,15 @@ class Muon8bit(_StateOptimizer):
 
     def _update(self, hyper: _Hyper, batch: _Batch) -> None:
         rest = _Batch()
-        for part, grad, state, stream in zip(
-            batch.params, batch.grads, batch.states, batch.streams, strict=True
+        for part, p, grad, state, stream in zip(
+            batch.params, batch.wholes, batch.grads, batch.states, batch.streams, strict=True
         ):
             if "state2" not in state:
-                group, p = self._owner(stream)
+                group, _ = self._owner(stream)
                 self._update_matrix(hyper, group, (p, part), grad, state, stream)
                 continue
             rest.params.append(part)
+            rest.wholes.append(p)
             rest.grads.append(grad)
             rest.states.append(state)
             rest.streams.append(stream)
@@ -257,7 +268,7 @@ class Muon8bit(_StateOptimizer):
         p, part = where
         steps, dtype = group["ns_steps"], group["ns_dtype"] or p.dtype
         u = _momentum(grad, state, hyper.beta1, group["nesterov"])
-        x = u if part is p else _gathered(p, u)
+        x = u if part is p else _sharded.gathered(p, u)
         norm = torch.linalg.vector_norm(x)
         rows = p.shape[0]
         x = x.view(rows, p.numel() // rows if rows else 0)
@@ -269,16 +280,16 @@ class Muon8bit(_StateOptimizer):
             x, spare = _orthogonalized(x, spare, group["ns_coefficients"], steps)
             x = x.view(p.shape)
             if part is not p:
-                x, spare = _part_of(p, x), u
+                x, spare = _sharded.part_of(p, x), u
             elif dtype is not torch.float32:
                 spare = u
-            self._move(hyper, part, x, spare.view(part.shape), ratio, state, stream)
+            self._move(hyper, where, x, spare.view(part.shape), ratio, state, stream)
         state["step"] += 1
 
     def _move(
         self,
         hyper: _Hyper,
-        p: Tensor,
+        where: tuple[Tensor, Tensor],
         x: Tensor,
         scratch: Tensor,
         ratio: float,
@@ -290,8 +301,10 @@ class Muon8bit(_StateOptimizer):
         Its native rule knows every rounding of ``p`` and is one pass. ``scratch``: float32, finite,
         overwritten.
         """
+        whole, p = where
         alone = _Batch()
-        alone.params, alone.states, alone.streams = [p], [state], [stream]
+        alone.params, alone.wholes = [p], [whole]
+        alone.states, alone.streams = [state], [stream]
         compensation, streams = self._rounding(hyper, alone)
         try:
             step_group(
@@ -389,27 +402,6 @@ def _adjustment(shape: torch.Size, kind: str | None) -> float:
     if kind == "spectral_unclamped":
         return math.sqrt(rows / columns)
     return math.sqrt(max(1.0, rows / columns))
-
-
-def _gathered(p: Any, part: Tensor) -> Tensor:
-    """The whole of a sharded tensor that lies as ``p`` does, of which this process has ``part``."""
-    from torch.distributed.tensor import DTensor
-
-    stride = torch.empty(p.shape, device="meta").stride()
-    whole: Tensor = DTensor.from_local(
-        part, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=stride
-    ).full_tensor()
-    return whole.clone() if whole.data_ptr() == part.data_ptr() else whole.contiguous()
-
-
-def _part_of(p: Any, whole: Tensor) -> Tensor:
-    """This process's part of a tensor that is to lie as the sharded ``p`` does."""
-    from torch.distributed.tensor import DTensor, Replicate
-
-    everywhere = [Replicate()] * p.device_mesh.ndim
-    replicated = DTensor.from_local(whole, p.device_mesh, everywhere, run_check=False)
-    part: Tensor = replicated.redistribute(placements=p.placements).to_local()
-    return part
 
 
 def _check_muon(group: dict[str, Any]) -> None:

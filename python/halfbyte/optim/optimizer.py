@@ -22,12 +22,11 @@ from torch import Tensor
 from .. import functional as F
 from .._load import native
 from .._ops import failure, ops, step_group
-from . import _paged
+from . import _bounds, _paged, _sharded
+from ._coding import BLOCKSIZE as _BLOCKSIZE
+from ._sharded import local as _local
 
 __all__ = ["GlobalOptimManager", "MockArgs", "Optimizer1State", "Optimizer2State", "Optimizer8bit"]
-
-_BLOCKSIZE = 256
-"""Elements per scale of an 8-bit state."""
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _ROUNDINGS = ("nearest", "stochastic", "kahan")
@@ -224,20 +223,23 @@ class _Hyper(NamedTuple):
 class _Batch:
     """The tensors of one call."""
 
-    __slots__ = ("grads", "params", "places", "states", "streams")
+    __slots__ = ("grads", "params", "places", "ratios", "states", "streams", "wholes")
 
     def __init__(self) -> None:
         self.places: set[int] = set()
         self.grads: list[Tensor] = []
         self.params: list[Tensor] = []
+        """This process's parts of ``wholes``."""
+        self.wholes: list[Tensor] = []
         self.states: list[dict[str, Any]] = []
         self.streams: list[int] = []
+        self.ratios: list[float] = []
+        """By which updates are multiplied, where the norms of whole parameters say so."""
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor (DTensor); any other tensor as it is."""
-    part = getattr(tensor, "to_local", None)
-    return tensor if part is None else part()
+def _coded(config: Mapping[str, Any], p: Tensor) -> bool:
+    """Whether the states of ``p`` are 8-bit."""
+    return config["optim_bits"] == 8 and _sharded.whole_numel(p) >= config["min_8bit_size"]
 
 
 def _sparse(what: str, grad: Tensor) -> RuntimeError:
@@ -340,6 +342,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             defaults = {**defaults, "rounding": rounding, "seed": seed}
         super().__init__(params, defaults)
         self.initialized = False
+        self._begun = False  # stepped or loaded
         self.name2qmap: dict[str, Tensor] = {}
         self.is_paged = is_paged
         self.non_castable_tensor_keys = {
@@ -356,6 +359,8 @@ class Optimizer8bit(torch.optim.Optimizer):
             "absmax2",
             "unorm_vec",
             "compensation",
+            "decoded1",
+            "decoded2",
         }
         self._find_managers()
         if optim_bits == 8:
@@ -452,11 +457,35 @@ class Optimizer8bit(torch.optim.Optimizer):
             self.check_overrides()
             self.to_gpu()
             self.initialized = True
-        if self._updates_together():
+        if not getattr(self, "_begun", True) and self._is_trial():
+            self._make_states()
+        elif self._updates_together():
             self._step_together()
         else:
             self._step_one_by_one()
         return loss
+
+    def _is_trial(self) -> bool:
+        """Whether this step, the first, can change nothing: that is how
+        torch.distributed.checkpoint has an optimizer make its states."""
+        self._begun = True
+        if not self._owns_state_layout() or torch.compiler.is_compiling():
+            return False
+        if any(float(group["lr"]) != 0.0 for group in self.param_groups):
+            return False
+        params = [p for group in self.param_groups for p in group["params"]]
+        grads = [p.grad for p in params if p.grad is not None or p.requires_grad]
+        zero = all(
+            g is not None and g.layout is torch.strided and not _local(g).any() for g in grads
+        )
+        return _sharded.agreed(zero and not self.state, params)
+
+    def _make_states(self) -> None:
+        """Those of every parameter that has a gradient, of no step yet."""
+        for gindex, group in enumerate(self.param_groups):
+            for pindex, p in enumerate(group["params"]):
+                if p.grad is not None:
+                    self.init_state(group, p, gindex, pindex)
 
     def _updates_together(self) -> bool:
         """False where somebody has put an update of their own."""
@@ -533,7 +562,9 @@ class Optimizer8bit(torch.optim.Optimizer):
 
         The tensors of each parameter's state stand under a key of their own,
         ``__bnb_optimizer_quant_state__``: FSDP gathers what it takes for shards of the parameter,
-        and leaves a nested dictionary alone. Hooks see the result in this form.
+        and leaves a nested dictionary alone. Those of sharded parameters do not depend on the
+        number of processes, see :mod:`._sharded`; all processes must call. Hooks see the result in
+        this form.
         """
         hooks = self._optimizer_state_dict_post_hooks
         self._optimizer_state_dict_post_hooks = OrderedDict()
@@ -541,6 +572,11 @@ class Optimizer8bit(torch.optim.Optimizer):
             packed = super().state_dict()
         finally:
             self._optimizer_state_dict_post_hooks = hooks
+        if self._owns_state_layout():
+            params = chain.from_iterable(group["params"] for group in self.param_groups)
+            for key, p in enumerate(params):
+                if _sharded.is_sharded(p) and "state1" in packed["state"].get(key, ()):
+                    packed["state"][key] = _sharded.exported(p, packed["state"][key])
         packed["state"] = {key: self._wrapped(value) for key, value in packed["state"].items()}
         for hook in hooks.values():
             result = hook(self, packed)
@@ -565,8 +601,12 @@ class Optimizer8bit(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any], move_to_device: bool = True) -> None:
         """Takes over states and settings, of this package or of upstream.
 
-        Every parameter goes on in the precision of its loaded state, whatever ``optim_bits`` is.
+        Every parameter goes on in the precision of its loaded state, whatever ``optim_bits`` is
+        (with FSDP1, whose form does not tell, in that of ``optim_bits``).
         Nothing of ``state_dict`` is shared afterwards, and nothing changes when it does not fit.
+
+        Of a sharded parameter it takes what :meth:`state_dict` gives, on any number of processes,
+        tensors of the whole parameter, and tensors of this process's part. All processes must call.
 
         Args:
             state_dict: what :meth:`state_dict` returned, or the older form without its inner key.
@@ -589,7 +629,10 @@ class Optimizer8bit(torch.optim.Optimizer):
         if self._owns_state_layout():
             for key, value in unwrapped.items():
                 if key in owners and isinstance(value, dict) and value:
-                    self._check_state(f"state[{key}]", owners[key], value)
+                    where, p = f"state[{key}]", owners[key]
+                    value = _sharded.localized(where, p, value, self._wanted(p))
+                    self._check_state(where, p, value)
+                    unwrapped[key] = value
 
         codes: list[Tensor] = []
         state: defaultdict[Any, Any] = defaultdict(dict)
@@ -597,7 +640,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             if key in owners and isinstance(value, dict):
                 p = owners[key]
                 state[p] = {
-                    name: self._adopted(p, name, item, move_to_device, codes)
+                    name: self._adopted(_local(p), name, item, move_to_device, codes)
                     for name, item in value.items()
                 }
             else:
@@ -608,6 +651,7 @@ class Optimizer8bit(torch.optim.Optimizer):
                 saved.setdefault(key, value)
             saved["params"] = group["params"]
         self.__setstate__({"state": state, "param_groups": saved_groups})
+        self._begun = True
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -641,6 +685,10 @@ class Optimizer8bit(torch.optim.Optimizer):
         return False
 
     def _check_state(self, where: str, p: Tensor, state: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def _wanted(self, p: Tensor) -> _sharded.Wanted:
+        """What states :meth:`init_state` would make for ``p``."""
         raise NotImplementedError
 
     def _adopted(
@@ -704,6 +752,8 @@ class _StateOptimizer(Optimizer8bit):
     """What rules with one and with two states share."""
 
     _states: int
+    _coded_states: tuple[str, ...] = ("1", "2")
+    """Numbers of the states that can be 8-bit."""
 
     def _settle(
         self,
@@ -750,9 +800,7 @@ class _StateOptimizer(Optimizer8bit):
                 f"{type(self).__name__} takes float32, float16 and bfloat16 parameters, got "
                 f"{p.dtype} for parameter {pindex} of group {gindex}"
             )
-        dtype = torch.float32
-        if bits == 8 and p.numel() >= config["min_8bit_size"]:
-            dtype = torch.uint8
+        dtype = torch.uint8 if _coded(config, p) else torch.float32
         part = _local(p)
         # Put in its place when it is whole: a disk may be full in between.
         state: dict[str, Any] = {"step": 0}
@@ -774,6 +822,20 @@ class _StateOptimizer(Optimizer8bit):
         if config.get("rounding") == "kahan" and p.dtype is torch.bfloat16:
             self._compensation(part, state)
         self.state[p].update(state)
+
+    def _wanted(self, p: Tensor) -> _sharded.Wanted:
+        def coded() -> tuple[str, ...]:
+            for gindex, group in enumerate(self.param_groups):
+                for pindex, q in enumerate(group["params"]):
+                    if q is p:
+                        coded = _coded(self.get_config(gindex, pindex, group), p)
+                        return self._coded_states if coded else ()
+            return ()
+
+        def qmap(number: str) -> Tensor:
+            return self._code("dynamic" if number == "1" else "udynamic", _local(p))
+
+        return _sharded.Wanted(coded, self._stacked(), qmap)
 
     def _code(self, name: str, p: Tensor) -> Tensor:
         if name not in self.name2qmap:
@@ -813,9 +875,18 @@ class _StateOptimizer(Optimizer8bit):
         hyper = _Hyper.of(self.get_config(gindex, pindex, group))
         batch = _Batch()
         batch.params.append(_local(p))
+        batch.wholes.append(p)
         batch.grads.append(_local(p.grad))
         batch.states.append(self.state[p])
         batch.streams.append(sum(len(g["params"]) for g in self.param_groups[:gindex]) + pindex)
+        if hyper.max_unorm > 0.0 and _sharded.is_sharded(p):
+            if _sharded.is_flat(p):
+                raise RuntimeError(
+                    f"{type(self).__name__} cannot bound the update of one parameter of FSDP1 "
+                    "alone: call step()"
+                )
+            if self.optimizer_name in _HAS_UPDATE_NORM:
+                self._bound_parts([(hyper, batch)], [p])
         self._update(hyper, batch)
 
     def _updates_together(self) -> bool:
@@ -862,6 +933,7 @@ class _StateOptimizer(Optimizer8bit):
                 kind: Hashable = (state["step"], p.device, codes)
                 if hyper.rounding != "nearest":
                     kind = (kind, p.dtype)
+                whole = p
                 if type(p) is not torch.nn.Parameter:
                     p, grad = _local(p), _local(grad)
                 place = 0 if compiling else p.data_ptr()
@@ -875,13 +947,57 @@ class _StateOptimizer(Optimizer8bit):
                 if place:
                     batch.places.add(place)
                 batch.params.append(p)
+                batch.wholes.append(whole)
                 batch.grads.append(grad)
                 batch.states.append(state)
                 batch.streams.append(first + pindex)
             first += len(group["params"])
+        if self.optimizer_name in _HAS_UPDATE_NORM and (
+            overrides or getattr(self.args, "max_unorm", None)
+        ):
+            flat = [(hyper, b) for hyper, kinds in batches.items() for b in kinds.values()]
+            self._bound_parts(flat, self._bounded_parts())
         for hyper, kinds in batches.items():
             for batch in kinds.values():
                 self._update(hyper, batch)
+
+    def _bounded_parts(self) -> list[Tensor]:
+        """The sharded parameters whose updates are bounded by a norm."""
+        return [
+            p
+            for gindex, group in enumerate(self.param_groups)
+            for pindex, p in enumerate(group["params"])
+            if _sharded.is_sharded(p)
+            and (self.get_config(gindex, pindex, group).get("max_unorm") or 0.0) > 0.0
+        ]
+
+    def _bound_parts(self, batches: list[tuple[_Hyper, _Batch]], members: list[Tensor]) -> None:
+        """Bounds the updates of sharded parameters by the norms of the whole parameters."""
+        if not members:
+            return
+        bounded = [
+            (hyper, batch)
+            for hyper, batch in batches
+            if hyper.max_unorm > 0.0 and "absmax1" not in batch.states[0]
+        ]
+        hypers = {id(batch): hyper for hyper, batch in bounded}
+
+        def trial(batch: _Batch, index: int) -> Tensor:
+            one, state = _Batch(), batch.states[index]
+            p = batch.params[index].detach()
+            copies = {k: v.clone() for k, v in state.items() if k in ("state1", "state2")}
+            if "compensation" in state:
+                copies["compensation"] = state["compensation"].clone()
+            copies["unorm_vec"] = torch.zeros((1,), dtype=torch.float32, device=p.device)
+            one.params.append(p.clone())
+            one.wholes.append(one.params[0])
+            one.grads.append(batch.grads[index])
+            one.states.append(copies | {"step": state["step"]})
+            one.streams.append(0)
+            self._update(hypers[id(batch)]._replace(lr=0.0), one)
+            return copies["unorm_vec"]
+
+        _bounds.set_ratios([(hyper.max_unorm, batch) for hyper, batch in bounded], members, trial)
 
     def _update(self, hyper: _Hyper, batch: _Batch) -> None:
         """The native call, for parameters that may share one."""
@@ -918,6 +1034,9 @@ class _StateOptimizer(Optimizer8bit):
             else:
                 norms: list[Tensor] = []
                 max_unorm = hyper.max_unorm if name in _HAS_UPDATE_NORM else 0.0
+                if batch.ratios:
+                    self._update_bounded(hyper, batch, state2, compensation, rates, streams)
+                    return
                 if max_unorm > 0.0:
                     norms = [self._update_norm(p, s) for p, s in zip(params, states, strict=True)]
                 step_group(
@@ -938,13 +1057,51 @@ class _StateOptimizer(Optimizer8bit):
                 state["step"] = step - 1
             raise failure(error) from None
 
+    def _update_bounded(
+        self,
+        hyper: _Hyper,
+        batch: _Batch,
+        state2: list[Tensor],
+        compensation: list[Tensor],
+        rates: tuple[Any, ...],
+        streams: list[int],
+    ) -> None:
+        """The native call for each parameter alone, by its own ratio."""
+        name, (*rates_only, weight_decay, step) = self.optimizer_name, rates
+        for i, (p, ratio) in enumerate(zip(batch.params, batch.ratios, strict=True)):
+            lr, decay = _bounds.scaled(hyper.lr, weight_decay, ratio, name in ("adam", "lamb"))
+            alone = slice(i, i + 1)
+            step_group(
+                ops.optimizer_update_32bit.group,
+                name,
+                batch.grads[alone],
+                [p],
+                [batch.states[i]["state1"]],
+                state2[alone],
+                [],
+                compensation[alone],
+                0.0,
+                *rates_only,
+                decay,
+                step,
+                lr,
+                1.0,
+                hyper.skip_zeros,
+                streams[alone],
+                hyper.seed,
+            )
+
     def _rounding(self, hyper: _Hyper, batch: _Batch) -> tuple[list[Tensor], list[int]]:
         """Compensations and streams of parameters of one dtype, as the native ops take them."""
         params = batch.params
         if params[0].dtype is not torch.bfloat16 or hyper.rounding == "nearest":
             return [], []
         if hyper.rounding == "stochastic":
-            return [], batch.streams
+            # Parts of a parameter are not rounded alike; of its copies every part is.
+            return [], [
+                stream + (_sharded.shard_index(p) << 20) if _sharded.is_sharded(p) else stream
+                for stream, p in zip(batch.streams, batch.wholes, strict=True)
+            ]
         pairs = zip(params, batch.states, strict=True)
         return [self._compensation(p, state) for p, state in pairs], []
 

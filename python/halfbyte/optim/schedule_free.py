@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .optimizer import _BLOCKSIZE, _check_common, _local, _StateOptimizer
+from ._coding import BLOCKSIZE as _BLOCKSIZE
+from ._sharded import local as _local
+from .optimizer import _check_common, _StateOptimizer
 
 __all__ = ["AdamWScheduleFree", "AdamWScheduleFree8bit"]
 
@@ -110,6 +112,7 @@ class AdamWScheduleFree(_StateOptimizer):
     """
 
     _states = 2
+    _coded_states = ("2",)
 
     def __init__(
         self,
