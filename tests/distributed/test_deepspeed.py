@@ -22,6 +22,7 @@ from halfbyte.nn import (
     Embedding4bit,
     Embedding8bit,
     Experts4bit,
+    Experts8bit,
     Linear4bit,
     Linear8bitLt,
     Params4bit,
@@ -72,6 +73,8 @@ def test_a_partitioned_weight_is_refused(kind, gathered):
     partition(layer.weight, gathered)
     with pytest.raises(RuntimeError, match=SENTENCE) as error:
         run(layer)
+    with pytest.raises(RuntimeError, match=SENTENCE):
+        layer.state_dict()
     assert f"The weight of {type(layer).__name__}(" in str(error.value)
     assert "parameter 7" in str(error.value)
     assert before.isfinite().all()
@@ -94,15 +97,16 @@ def test_a_lone_parameter_is_refused():
         parameter.to("cpu")
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", [*LAYERS, "Experts8bit"])
 def test_construction_within_zero_init_is_refused(kind, monkeypatch):
     module: Any = types.ModuleType("deepspeed.runtime.zero.partition_parameters")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     module.zero_init_context = 0  # imported, and not in use
-    LAYERS[kind]()
+    make = LAYERS.get(kind, lambda: Experts8bit(2, 64, 32))
+    make()
     module.zero_init_context = 1
     with pytest.raises(RuntimeError, match=r"within deepspeed\.zero\.Init\(\)"):
-        LAYERS[kind]()
+        make()
 
 
 @pytest.mark.parametrize("kind", LAYERS)

@@ -47,6 +47,7 @@ def in_and_out(rank: int, world: int) -> str:
         get_model_state_dict,
         set_model_state_dict,
     )
+    from torch.distributed.tensor import distribute_tensor
 
     for case in KINDS:
         plain = make(*case)
@@ -80,6 +81,25 @@ def in_and_out(rank: int, world: int) -> str:
                 options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
                 set_model_state_dict(model, whole if rank == 0 else {}, options=options)
             expect(model, plain, (case, how))
+
+        # adapters only: torch leaves the scales of frozen weights in
+        adapters = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
+        assert "0.base.weight" not in adapters
+        set_model_state_dict(model, adapters, options=StateDictOptions(strict=False))
+        expect(model, plain, (case, "adapters"))
+
+        # floats that are quantized on the way in, whole and as DTensors
+        adapters = {key: value for key, value in sharded.items() if "base" not in key}
+        floats = {
+            f"{index}.base.weight": torch.randn(block.base.out_features, block.base.in_features)
+            for index, block in enumerate(plain)
+        }
+        twin = copy.deepcopy(plain)
+        twin.load_state_dict(floats, strict=False)
+        mesh = model[0].base.weight.device_mesh
+        for given in (floats, {k: distribute_tensor(v, mesh) for k, v in floats.items()}):
+            model.load_state_dict({**adapters, **given}, strict=False)
+            expect(model, twin, (case, "floats"))
 
         # after training has begun, into the memory that FSDP gathers from
         model = blank(plain)

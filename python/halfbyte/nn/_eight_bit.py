@@ -455,8 +455,10 @@ class _EightBitWeight(nn.Module):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
         weight = self._parameters.get("weight")
+        if not getattr(weight, "has_fp16_weights", False):
+            _zero3.check(weight, self)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         if weight is None or weight.dtype != torch.int8:
             return
         scales = self._scales()
@@ -499,6 +501,10 @@ class _EightBitWeight(nn.Module):
         is_entry = own[1] in state_dict or (
             isinstance(incoming, Tensor) and incoming.dtype == torch.int8
         )
+        if is_entry and quantized and key not in state_dict:
+            # What torch.distributed.checkpoint leaves of frozen parameters when it is to leave them
+            # out. This layer has codes and scales of its own, and keeps both; the key is missing.
+            is_entry = False
         if weight is None or not (is_entry or (quantized and is_float)):
             if key in state_dict:
                 rest[key] = incoming
@@ -546,6 +552,8 @@ class _EightBitWeight(nn.Module):
             if isinstance(entry, _Entry):
                 self._load_quantized(entry, device, assign)
             else:
+                if _sharded.is_distributed(incoming):
+                    incoming = incoming.full_tensor()
                 self._load_codes(*quantize_weight(incoming.detach().to(device)), replace=assign)
 
     def _load_quantized(self, entry: _Entry, device: torch.device, assign: bool) -> None:

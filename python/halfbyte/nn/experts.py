@@ -27,6 +27,7 @@ from .._load import native
 from ..autograd._experts import experts_matmul_4bit, experts_matmul_8bit
 from ..autograd._matmul_8bit import dequantize_weight, quantize_weight
 from ..functional import QuantState, dequantize_4bit, quantize_4bit
+from . import _zero3
 from . import parametrize as _parametrize
 from .modules import Params4bit, _FourBitWeight, _recover
 
@@ -374,6 +375,7 @@ class Experts8bit(_Experts):
     ) -> None:
         super().__init__()
         self._size(num_experts, in_features, out_features, bias, compute_dtype, device)
+        _zero3.check_construction(self)
         self.threshold = threshold
         codes = torch.empty(self.shape, dtype=torch.int8, device=device)
         stats = torch.empty(self.shape[:2], dtype=torch.float32, device=device)

@@ -640,6 +640,7 @@ class _FourBitWeight(nn.Module):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
+        _zero3.check(self.__dict__["_parameters"].get("weight"), self)
         super()._save_to_state_dict(destination, prefix, keep_vars)
         state = self._known_state()
         if state is None and _fsdp1.is_view(self.__dict__.get("weight")):
@@ -677,7 +678,12 @@ class _FourBitWeight(nn.Module):
         beside_flat = packed and key not in state_dict and _fsdp1.is_view(view)
         if beside_flat:
             state_dict = {**state_dict, key: view}  # the codes come with FSDP1's flat parameter
-        elif self._parameters.get("weight") is None or not (
+        elif packed and quantized and key not in state_dict:
+            # What torch.distributed.checkpoint leaves of frozen parameters when it is to leave them
+            # out. This layer has codes and scales of its own, and keeps both; the key is missing.
+            packed = False
+            state_dict = {k: v for k, v in state_dict.items() if not k.startswith(key + ".")}
+        if self._parameters.get("weight") is None or not (
             packed or (quantized and key in state_dict)
         ):
             super()._load_from_state_dict(
