@@ -375,8 +375,8 @@ class Experts8bit(_Experts):
     ) -> None:
         super().__init__()
         self._size(num_experts, in_features, out_features, bias, compute_dtype, device)
-        _zero3.check_construction(self)
         self.threshold = threshold
+        _zero3.check_construction(self)
         codes = torch.empty(self.shape, dtype=torch.int8, device=device)
         stats = torch.empty(self.shape[:2], dtype=torch.float32, device=device)
         if codes.device.type != "meta":
