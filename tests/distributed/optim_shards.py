@@ -133,6 +133,14 @@ def half_gaps(x: Tensor, state: dict[str, Any], number: str, stacked: bool) -> T
     return gap * scale * (1 + 1e-5)
 
 
+def copy_into(net: nn.Module, source: nn.Module) -> None:
+    """Values of the parameters of one, sharded or not, into another."""
+    with torch.no_grad():
+        for p, q in zip(net.parameters(), source.parameters(), strict=True):
+            value = whole(q)
+            _sharded.local(p).copy_(_sharded.part_of(p, value) if _sharded.is_dtensor(p) else value)
+
+
 def raw(state: dict[str, Any]) -> dict[str, Any]:
     """A copy of a state."""
     return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state.items()}

@@ -7,9 +7,7 @@ import os
 import pathlib
 import random
 import shutil
-import subprocess
 import sys
-import time
 import zlib
 from typing import Any
 
@@ -244,74 +242,6 @@ def test_adapter_only(tmp_path):
     assert differs(contents(other), contents(model)) == []
     text = refused(path, quant_type="fp4")
     assert "0.base.weight was saved as nf4" in text
-
-
-def test_keep_and_same_step(tmp_path):
-    model = nn.Linear(4, 4)
-    for step in (1, 2, 3):
-        save_checkpoint(tmp_path, model, step=step, keep=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
-    with pytest.raises(FileExistsError, match=r"step-00000003 is there already; overwrite=True"):
-        save_checkpoint(tmp_path, model, step=3)
-    with torch.no_grad():
-        model.weight.fill_(5.0)
-    save_checkpoint(tmp_path, model, step=3, overwrite=True, keep=1)
-    assert [p.name for p in tmp_path.iterdir()] == ["step-00000003"]
-    other = nn.Linear(4, 4)
-    load_checkpoint(tmp_path, other)
-    assert torch.equal(other.weight, model.weight)
-    save_checkpoint(tmp_path, model, step=2, keep=1)  # older than what is there, and new
-    assert [p.name for p in tmp_path.iterdir()] == ["step-00000002"]
-
-
-def test_arguments(tmp_path):
-    model = nn.Linear(4, 4)
-    with pytest.raises(ValueError, match="step must be 0 or more, got -1"):
-        save_checkpoint(tmp_path, model, step=-1)
-    with pytest.raises(ValueError, match="keep must be 1 or more, or None, got 0"):
-        save_checkpoint(tmp_path, model, step=1, keep=0)
-    with pytest.raises(ValueError, match="JSON can hold"):
-        save_checkpoint(tmp_path, model, step=1, extra={"x": torch.ones(1)})
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(FileNotFoundError, match="there is no checkpoint in"):
-        load_checkpoint(tmp_path / "nothing", model)
-    assert load_checkpoint(tmp_path / "nothing", model, required=False) is None
-    assert latest_checkpoint(tmp_path / "nothing") is None
-
-
-def test_what_dead_jobs_leave_is_removed_and_what_live_ones_write_is_not(tmp_path):
-    dead = tmp_path / "step-00000001.0123456789ab.partial"
-    live = tmp_path / "step-00000001.0123456789ac.partial"
-    young = tmp_path / "step-00000001.0123456789ad.partial"
-    old = tmp_path / "step-00000001.0123456789ae.partial"
-    for path in (dead, live, young, old):
-        path.mkdir()
-        (path / "__0_0.distcp").write_bytes(b"half")
-    for path in (dead, live):
-        (path / "writing.lock").touch()
-    for path in (old, old / "__0_0.distcp"):
-        os.utime(path, (time.time() - 7200,) * 2)
-    code = (
-        "import fcntl, sys; f = open(sys.argv[1], 'r+'); fcntl.lockf(f, fcntl.LOCK_EX); "
-        "print('held', flush=True); sys.stdin.read()"
-    )
-    command = [sys.executable, "-c", code, str(live / "writing.lock")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        assert other.stdout.readline() == b"held\n"
-        save_checkpoint(tmp_path, nn.Linear(4, 4), step=2)
-        left = {path.name for path in tmp_path.iterdir()}
-        other.stdin.close()
-    assert left == {live.name, young.name, "step-00000002"}
-    assert latest_checkpoint(tmp_path).name == "step-00000002"
-    with pytest.raises(CheckpointError, match="was never finished"):
-        load_checkpoint(live, nn.Linear(4, 4))
-
-
-def test_a_failing_save_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(_manifest, "write", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
-    with pytest.raises(CheckpointError, match=r"rank 0: OSError: \[Errno 28\] full"):
-        save_checkpoint(tmp_path, nn.Linear(4, 4), step=2)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_file(copied):

@@ -11,11 +11,13 @@ import pytest
 import ranks
 import torch
 from halfbyte.optim import _paged, _sharded
+from halfbyte.optim.optimizer import Optimizer2State
 from optim_shards import (
     ALIGNED,
     SHAPES,
     assert_equal_states,
     assert_same,
+    copy_into,
     half_gaps,
     make,
     mesh,
@@ -94,6 +96,12 @@ def bounds(rank: int, world: int) -> None:
             norms = second.state[p]["unorm_vec"], first.state[q]["unorm_vec"]
             torch.testing.assert_close(*norms, rtol=1e-6, atol=0.0)
             assert float(norms[0]) > 0.0
+    net = sharded(world)  # a bound may be set later
+    train(net, free := Optimizer2State("lamb", net.parameters()), range(1))
+    bound = Optimizer2State("lamb", net.parameters(), max_unorm=0.01)
+    bound.load_state_dict(free.state_dict())
+    train(net, bound, range(1, 2))
+    assert all(float(state["unorm_vec"]) > 0.0 for state in bound.state.values())
 
 
 def rounding(rank: int, world: int) -> None:
@@ -334,7 +342,9 @@ def forms(rank: int, world: int, folder: str) -> list[str]:
         train(net, made := make(name, net.parameters()), range(DONE))
         after = model()
         after.load_state_dict(plain.state_dict())
-        train(after, whole_again(name, after, single.state_dict()), range(DONE, DONE + MORE))
+        last = make(name, after.parameters())
+        last.load_state_dict(single.state_dict())
+        train(after, last, range(DONE, DONE + MORE))
 
         # The states of an optimizer without shards, whole.
         twin = sharded(world)
@@ -396,19 +406,6 @@ def forms(rank: int, world: int, folder: str) -> list[str]:
     exchange(world, folder, dcp, get_optimizer_state_dict, set_optimizer_state_dict)
     layouts()
     return refusals(world)
-
-
-def whole_again(name: str, net: nn.Module, state_dict: Any) -> Any:
-    made = make(name, net.parameters())
-    made.load_state_dict(state_dict)
-    return made
-
-
-def copy_into(net: nn.Module, source: nn.Module) -> None:
-    with torch.no_grad():
-        for p, q in zip(net.parameters(), source.parameters(), strict=True):
-            value = whole(q)
-            _sharded.local(p).copy_(_sharded.part_of(p, value) if _sharded.is_dtensor(p) else value)
 
 
 def exchange(world: int, folder: str, dcp: Any, get: Any, put: Any) -> None:

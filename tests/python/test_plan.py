@@ -74,6 +74,17 @@ def test_other_architectures_come_from_transformers(tmp_path):
     assert "estimate" in str(plan(model))
 
 
+def test_gpt2_has_linear_layers_of_its_own_kind():
+    pytest.importorskip("transformers")
+    config = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 100}
+    found = plan({**config, "n_positions": 64})
+    assert sum(weight.linear for weight in found.model.weights) == 8
+    widths = ((64, 192), (64, 64), (64, 256), (256, 64))
+    assert found.trained == 2 * 16 * sum(a + b for a, b in widths)
+    named = plan({**config, "n_positions": 64}, lora_targets="c_attn")
+    assert named.trained == 2 * 16 * (64 + 192)
+
+
 def test_a_quantized_checkpoint_is_planned_as_it_is(tmp_path):
     save_file = pytest.importorskip("safetensors.torch").save_file
     config = json.loads((SMALL / "config.json").read_text())
@@ -288,6 +299,13 @@ def test_sizes_and_optimizers_are_read():
     [
         ({"strategy": "zero3"}, "strategy must be one of fsdp2, fsdp1, ddp, single; got 'zero3'"),
         ({"blocksize": 48}, "blocksize must be one of 32, .*; got 48"),
+        ({"blocksize": 0}, "blocksize must be one of 32, .*; got 0"),
+        ({"gpu_mem": 24}, r"gpu_mem 24 means 24 bytes, .*; is 24G meant"),
+        ({"ranks": 2.5}, r"ranks must be a whole number, got 2\.5"),
+        ({"ranks": 4, "seq": "2"}, "seq must be a whole number, got '2'"),
+        ({"overhead": -1}, "overhead must be 0 or more bytes, got -1"),
+        ({"gpu_mem": -1.0}, r"gpu_mem -1\.0 means -1 bytes"),
+        ({"gpu_mem": "24"}, r"gpu_mem '24' means 24 bytes, .*; is 24G meant"),
         ({"batch": 0}, "batch must be at least 1, got 0"),
         ({"ranks": 2, "strategy": "single"}, "strategy single means one rank, got ranks 2"),
         ({"full": True, "quant": "nf4"}, "full needs quant none, got nf4"),
@@ -299,6 +317,32 @@ def test_sizes_and_optimizers_are_read():
 def test_contradictions_are_refused(settings, sentence):
     with pytest.raises(ValueError, match=sentence):
         plan("llama-7b", **settings)
+
+
+@pytest.mark.parametrize("targets", ["typo_proj", ("q_proj", "typo_proj"), "q_proj,typo_proj"])
+def test_a_target_that_there_is_not_is_named(targets):
+    has = "it has down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    with pytest.raises(ValueError, match=rf"'typo_proj', but llama-2-7b has no such .*; {has}$"):
+        plan("llama-7b", lora_targets=targets)
+    assert plan("llama-7b", lora_targets=targets, full=True).trained  # nothing is aimed at
+
+
+@pytest.mark.parametrize("targets", ["", (), "oj", "q_proj,", "lm_head"])
+def test_no_target_is_refused(targets):
+    with pytest.raises(ValueError, match=r"lora_targets has '.*', but llama-2-7b has no such"):
+        plan("llama-7b", lora_targets=targets)
+
+
+def test_targets_are_ends_of_names():
+    named = plan("llama-7b", lora_targets=("q_proj", "up_proj")).trained
+    assert plan("llama-7b", lora_targets=("self_attn.q_proj", "mlp.up_proj")).trained == named
+    assert plan("llama-7b", lora_targets="q_proj, up_proj").trained == named
+    four = plan("llama-7b", lora_targets=("q_proj", "k_proj", "v_proj", "o_proj")).trained
+    assert plan("llama-7b", lora_targets="attention").trained == four
+    weights = (Weight("layers.0.fc.weight", (4, 4), 0, True),)
+    lone = dataclasses.replace(alone((4, 4)), weights=weights)
+    with pytest.raises(ValueError, match=r"lora_targets has 'attention', but .*; it has fc$"):
+        plan(lone, lora_targets="attention")
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -340,7 +384,9 @@ def test_the_command_gives_json_and_a_status(capsys):
 def test_the_command_complains_in_one_sentence(capsys):
     assert command("--model", "nothing-of-the-kind") == 1
     assert command("--model", "llama-7b", "--gpu-mem", "much") == 1
+    assert command("--model", "llama-70b", "--ranks", "2", "--lora-targets", "typo_proj") == 1
     said = capsys.readouterr().err.splitlines()
     assert said[0].startswith("plan: there is no model at nothing-of-the-kind")
     assert said[1] == "plan: expected a size such as 24G (or GiB), 24GB, or bytes, got 'much'"
-    assert len(said) == 2
+    assert said[2].startswith("plan: lora_targets has 'typo_proj', but llama-2-70b has")
+    assert len(said) == 3

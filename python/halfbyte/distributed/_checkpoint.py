@@ -9,30 +9,19 @@ it can before it changes anything, and all ranks raise the same error.
 
 from __future__ import annotations
 
-import contextlib
-import json
+import io
+import operator
 import os
-import random
-import sys
-import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .._load import native
-from . import _faults, _folder, _manifest
+from . import _faults, _fit, _folder, _manifest, _state, _storage
 from ._manifest import CheckpointError
-
-T = TypeVar("T")
-
-_ERRORS: dict[str, type[Exception]] = {
-    kind.__name__: kind
-    for kind in (CheckpointError, FileExistsError, FileNotFoundError, ValueError)
-}
-_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+from ._ranks import Ranks
 
 
 class Restored(NamedTuple):
@@ -41,50 +30,6 @@ class Restored(NamedTuple):
     step: int
     extra: Any
     path: Path
-
-
-class _Ranks:
-    """The ranks that save or load together: those of ``group``, or this process alone."""
-
-    def __init__(self, group: Any) -> None:
-        import torch.distributed as dist
-
-        self.group = group
-        self.alone = not (dist.is_available() and dist.is_initialized())
-        self.rank = 0 if self.alone else dist.get_rank(group)
-        self.world = 1 if self.alone else dist.get_world_size(group)
-
-    def together(self, work: Callable[[], T]) -> list[T]:
-        """Call ``work`` on every rank; what each returned, or the same error on all of them."""
-        value, failed, mine = None, None, None
-        try:
-            value = work()
-        except Exception as error:
-            mine, failed = error, (type(error).__name__, str(error))
-        found: list[Any] = [(value, failed)]
-        if not self.alone:
-            import torch.distributed as dist
-
-            found = [None] * self.world
-            dist.all_gather_object(found, (value, failed), group=self.group)
-        for rank, (_, failed) in enumerate(found):
-            if failed is not None:
-                kind, text = failed
-                if kind not in _ERRORS:
-                    kind, text = "CheckpointError", f"rank {rank}: {kind}: {text}"
-                raise _ERRORS[kind](text) from mine
-        return [value for value, _ in found]
-
-    def each(self, work: Callable[[], T]) -> T:
-        """Call ``work`` on every rank; what it returned here, or the same error on all ranks."""
-        kept: list[T] = []
-        self.together(lambda: kept.append(work()))
-        return kept[0]
-
-    def first(self, work: Callable[[], T]) -> T:
-        """Call ``work`` on rank 0; what it returned, or the same error on all ranks."""
-        values: list[Any] = self.together(lambda: work() if self.rank == 0 else None)
-        return values[0]
 
 
 def save_checkpoint(
@@ -114,39 +59,49 @@ def save_checkpoint(
         extra: anything that JSON can hold, a learning rate schedule's state for example; rank 0's
             is saved. Tuples come back as lists, keys of dictionaries as strings.
         keep: how many checkpoints to leave in ``folder``, the new one among them; None means all.
+            Broken ones do not count: those that lack a file, or whose sizes are not the saved ones.
         trainable_only: save only the parameters that require a gradient, such as an adapter.
             Buffers and frozen parameters are left out.
         random_state: save each rank's random state: torch, Python, numpy, the current GPU.
-        overwrite: replace a checkpoint of the same step. A kill in the moment between the two
+        overwrite: replace a whole checkpoint of the same step. A kill in the moment between the two
             renames loses that one.
         process_group: the ranks that save together; None means all.
 
     Raises:
         FileExistsError: there is a checkpoint of this step, and ``overwrite`` is False.
-        ValueError: ``step`` or ``keep`` is out of range, or ``extra`` is nothing for JSON.
+        ValueError: ``step`` or ``keep`` is no whole number or out of range, or ``extra`` is nothing
+            for JSON, or the ranks disagree. Nothing has been written then.
         CheckpointError: a rank could not write; the text says which one and why.
     """
-    ranks = _Ranks(process_group)
+    ranks = Ranks(process_group)
+
+    def settings() -> dict[str, Any]:
+        return {
+            "step": _whole("step", step, 0),
+            "keep": None if keep is None else _whole("keep", keep, 1),
+            "optimizer": "none" if optimizer is None else "one",
+            "trainable_only": trainable_only,
+            "random_state": random_state,
+        }
+
+    agreed = ranks.agree(settings)
+    step, keep = agreed["step"], agreed["keep"]
     path = _folder.final(Path(os.path.abspath(folder)), step)
 
-    def begin() -> str:
-        if step < 0:
-            raise ValueError(f"step must be 0 or more, got {step}")
-        if keep is not None and keep < 1:
-            raise ValueError(f"keep must be 1 or more, or None, got {keep}")
+    def begin() -> tuple[str, Any]:
         try:
-            json.dumps(extra)
-        except (TypeError, ValueError) as error:
+            plain = _manifest.plain(extra)
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"extra must be something that JSON can hold: {error}") from None
-        if path.exists() and not overwrite:
-            raise FileExistsError(f"{path} is there already; overwrite=True replaces it")
-        return str(_folder.begin(path))
+        _folder.check_free(path, overwrite=overwrite)
+        return str(_folder.begin(path)), plain
 
     with _faults.doing(f"saving {path.name}"):
-        partial = Path(ranks.first(begin))
+        begun, extra = ranks.first(begin)
+        partial = Path(begun)
         try:
             _fill(ranks, partial, model, optimizer, step, extra, trainable_only, random_state)
-            ranks.first(lambda: _folder.publish(partial, path))
+            ranks.first(lambda: _folder.publish(partial, path, overwrite=overwrite))
         except BaseException:
             if ranks.rank == 0:
                 _folder.give_up(partial)
@@ -156,8 +111,25 @@ def save_checkpoint(
     return path
 
 
+def _whole(name: str, value: Any, least: int) -> int:
+    """``value`` as an int, be it numpy's or a tensor's; ValueError unless it is ``least`` or more.
+
+    It is the argument ``name`` of :func:`save_checkpoint`.
+    """
+    none = ", or None" if name == "keep" else ""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(
+            f"{name} must be a whole number, {least} or more{none}, got {value!r}"
+        ) from None
+    if number < least:
+        raise ValueError(f"{name} must be {least} or more{none}, got {number}")
+    return number
+
+
 def _fill(
-    ranks: _Ranks,
+    ranks: Ranks,
     partial: Path,
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None,
@@ -167,19 +139,21 @@ def _fill(
     random_state: bool,
 ) -> None:
     """Write everything into ``partial``, the manifest last."""
-    from torch.distributed.checkpoint import FileSystemWriter, save
+    from torch.distributed.checkpoint import save
 
-    model = _bare(model)
+    model = _state.bare(model)
     stepped = optimizer is not None and any(ranks.together(lambda: len(optimizer.state)))
-    whole = ranks.each(lambda: _model_state(model))
+    whole = ranks.each(lambda: _state.model_state(model))
     weights = ranks.first(lambda: _manifest.quantized(whole))
-    state = {"model": _trainable(model, whole) if trainable_only else whole}
+    state = {"model": _state.trainable(model, whole) if trainable_only else whole}
+    groups: list[list[str]] = []
     if optimizer is not None and stepped:
-        state["optimizer"] = ranks.each(lambda: _optimizer_state(model, optimizer))
-    with _one_sentence(partial, "write"):
+        state["optimizer"] = ranks.each(lambda: _state.optimizer_state(model, optimizer))
+        groups = _state.groups_of(state["optimizer"])
+    with _storage.one_sentence(partial, "write"):
         metadata = save(
             state,
-            storage_writer=FileSystemWriter(partial, sync_files=True),
+            storage_writer=_storage.writer(partial, ranks.rank),
             process_group=ranks.group,
             no_dist=ranks.alone,
         )
@@ -191,6 +165,7 @@ def _fill(
         "step": step,
         "world_size": ranks.world,
         "optimizer": "none" if optimizer is None else "full" if stepped else "fresh",
+        "groups": groups,
         "trainable_only": trainable_only,
         "random_state": random_state,
         "extra": extra,
@@ -198,10 +173,15 @@ def _fill(
         "versions": _manifest.versions(native.version()),
         "files": files,
     }
-    ranks.first(lambda: _manifest.write(partial, manifest))
+
+    def finish() -> None:
+        with _storage.writing(partial / _manifest.MANIFEST, ranks.rank):
+            _manifest.write(partial, manifest)
+
+    ranks.first(finish)
 
 
-def _account(ranks: _Ranks, partial: Path, metadata: Any, random_state: bool) -> dict[str, Any]:
+def _account(ranks: Ranks, partial: Path, metadata: Any, random_state: bool) -> dict[str, Any]:
     """Write this rank's random state, and say what is in all files that this rank has written."""
     pieces: dict[str, list[tuple[str, int, int]]] = {}
     for index, place in metadata.storage_data.items():
@@ -211,9 +191,12 @@ def _account(ranks: _Ranks, partial: Path, metadata: Any, random_state: bool) ->
         named = tuple(f"__{rank}_" for rank in range(ranks.world))
         mine += [name for name in pieces if not name.startswith(named)] + [".metadata"]
     if random_state:
-        path = partial / _random_name(ranks.rank)
-        torch.save(_random_state(), path)
-        _manifest.sync(path)
+        path = partial / _state.random_name(ranks.rank)
+        data = io.BytesIO()  # torch.save to a path does not say that a disk is full
+        torch.save(_state.random_state(), data)
+        with _storage.writing(path, ranks.rank):
+            path.write_bytes(data.getbuffer())
+            _manifest.sync(path)
         mine.append(path.name)
     return {name: _manifest.describe(partial / name, pieces.get(name, [])) for name in mine}
 
@@ -240,7 +223,8 @@ def load_checkpoint(
         model: as it was built for training. Of a checkpoint with ``trainable_only`` the parameters
             that require a gradient are loaded; frozen ones stay as they are.
         optimizer: None leaves out what the checkpoint has of it. For a checkpoint of an optimizer
-            that had not stepped its state is emptied.
+            that had not stepped its state is emptied. A parameter that no gradient had reached has
+            no state afterwards, as in the run that saved. Gradients stay as they are.
         checksums: read all files and compare their bytes, each file on one rank (about 1 GB/s a
             core). False compares sizes only.
         random_state: restore each rank's random state, if the number of ranks is the saved one.
@@ -251,66 +235,79 @@ def load_checkpoint(
         FileNotFoundError: there is no checkpoint, and ``required`` is True.
         CheckpointError: one sentence with the file and the tensor that will not do.
     """
-    from torch.distributed.checkpoint import FileSystemReader, load
-    from torch.distributed.checkpoint.state_dict import (
-        StateDictOptions,
-        set_model_state_dict,
-        set_optimizer_state_dict,
-    )
+    from torch.distributed.checkpoint import FileSystemReader
 
-    ranks, model = _Ranks(process_group), _bare(model)
+    ranks, model = Ranks(process_group), _state.bare(model)
     found = ranks.first(lambda: _find(Path(os.path.abspath(folder)), required))
     if found is None:
         return None
     path = Path(found)
     with _faults.doing(f"loading {path.name}"):
         manifest = ranks.each(lambda: _read(ranks, path, optimizer, checksums))
-        whole = ranks.each(lambda: _model_state(model))
-        state = {"model": _trainable(model, whole) if manifest["trainable_only"] else whole}
+        whole = ranks.each(lambda: _state.model_state(model))
+        state = {"model": _state.trainable(model, whole) if manifest["trainable_only"] else whole}
         reader = FileSystemReader(path)
         metadata = ranks.each(reader.read_metadata)
 
         def check() -> None:
             _manifest.check_quantized(path, manifest, _manifest.quantized(whole), list(whole))
-            _fit_texts(state["model"], metadata)
-            _check(path, manifest, metadata, {"model": state["model"]}, "model")
+            _fit.fit_texts(state["model"], metadata)
+            _fit.check(path, manifest, metadata, {"model": state["model"]}, "model")
 
         ranks.each(check)
-        fresh = optimizer is not None and not optimizer.state
-        try:
-            if optimizer is not None and manifest["optimizer"] == "full":
-                there = ranks.each(lambda: _optimizer_state(model, optimizer))
+        if optimizer is not None and manifest["optimizer"] == "full":
+            with _state.room(ranks, optimizer):
+                state["optimizer"] = ranks.each(lambda: _state.optimizer_state(model, optimizer))
+                ranks.each(lambda: _fit.fit_optimizer(path, manifest, metadata, state["optimizer"]))
+                _take(ranks, reader, state, manifest, model, optimizer)
+        else:
+            _take(ranks, reader, state, manifest, model, optimizer)
 
-                def check_optimizer() -> None:
-                    _fit_forms(there["state"], metadata)
-                    _check(path, manifest, metadata, {"optimizer": there}, "optimizer")
-
-                ranks.each(check_optimizer)
-                state["optimizer"] = there
-        except CheckpointError:
-            if fresh and optimizer is not None:  # _optimizer_state has made empty states
-                optimizer.state.clear()
-            raise
-        with _one_sentence(path, "read"):
-            load(state, storage_reader=reader, process_group=ranks.group, no_dist=ranks.alone)
-
-        def put() -> None:
-            options = StateDictOptions(strict=not manifest["trainable_only"])
-            set_model_state_dict(model, state["model"], options=options)
-            if optimizer is not None and "optimizer" in state:
-                set_optimizer_state_dict(model, optimizer, state["optimizer"])
-            elif optimizer is not None:
-                optimizer.state.clear()
+        def put_random_state() -> None:
             if random_state and manifest["random_state"] and manifest["world_size"] == ranks.world:
-                saved = torch.load(path / _random_name(ranks.rank), weights_only=True)
-                _set_random_state(saved)
+                file = path / _state.random_name(ranks.rank)
+                _state.set_random_state(torch.load(file, weights_only=True))
 
-        ranks.each(put)
+        ranks.each(put_random_state)
     return Restored(manifest["step"], manifest["extra"], path)
+
+
+def _take(
+    ranks: Ranks,
+    reader: Any,
+    state: dict[str, Any],
+    manifest: dict[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+) -> None:
+    """Read ``state`` from the files, and put it into model and optimizer."""
+    from torch.distributed.checkpoint import load
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        set_model_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    with _storage.one_sentence(Path(reader.path), "read"):
+        load(state, storage_reader=reader, process_group=ranks.group, no_dist=ranks.alone)
+
+    def put() -> None:
+        options = StateDictOptions(strict=not manifest["trainable_only"])
+        set_model_state_dict(model, state["model"], options=options)
+        if optimizer is not None and "optimizer" in state:
+            # Not strict: parameters that no gradient had reached have no state.
+            options = StateDictOptions(strict=False)
+            set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
+        elif optimizer is not None:
+            optimizer.state.clear()
+
+    ranks.each(put)
 
 
 def _find(folder: Path, required: bool) -> str | None:
     if folder.name.endswith(".partial") or (folder / _manifest.MANIFEST).exists():
+        return str(folder)
+    if _folder.is_one(folder):  # it lacks the manifest, which is said when that is read
         return str(folder)
     found = _folder.latest_checkpoint(folder)
     if found is None and required:
@@ -319,7 +316,7 @@ def _find(folder: Path, required: bool) -> str | None:
 
 
 def _read(
-    ranks: _Ranks, path: Path, optimizer: torch.optim.Optimizer | None, checksums: bool
+    ranks: Ranks, path: Path, optimizer: torch.optim.Optimizer | None, checksums: bool
 ) -> dict[str, Any]:
     """The manifest, after the files and what the checkpoint is about have been checked."""
     manifest = _manifest.read(path)
@@ -331,169 +328,3 @@ def _read(
             "load it with optimizer=None"
         )
     return manifest
-
-
-def _check(path: Path, manifest: dict[str, Any], metadata: Any, state: Any, root: str) -> None:
-    """CheckpointError unless the checkpoint has what ``state`` has, in the same shapes."""
-    from torch.distributed.checkpoint import DefaultLoadPlanner
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-    planner = DefaultLoadPlanner()  # which gives everything the name that it has in the files
-    planner.set_up_planner(state, metadata, False)
-    wanted, saved = planner.state_dict, metadata.state_dict_metadata
-    for name in sorted({*wanted, *(name for name in saved if name.startswith(root + "."))}):
-        where, what = path / _manifest.home(manifest, name), f"{root} {name.partition('.')[2]}"
-        if name not in saved:
-            raise CheckpointError(f"{path / '.metadata'}: the checkpoint lacks {what}")
-        if name not in wanted:
-            raise CheckpointError(f"{where}: the checkpoint has {what}, which is not there to load")
-        there, here = saved[name], wanted[name]
-        if isinstance(there, TensorStorageMetadata) != isinstance(here, Tensor):
-            kinds = ("a tensor", "a value") if isinstance(here, Tensor) else ("a value", "a tensor")
-            raise CheckpointError(f"{where}: {what} is {kinds[1]}, {kinds[0]} is wanted")
-        if not isinstance(here, Tensor):
-            continue
-        old = (list(there.size), there.properties.dtype)
-        new = (list(here.size()), here.dtype)
-        if old != new:
-            raise CheckpointError(
-                f"{where}: {what} was saved as {old[1]} of shape {old[0]}, "
-                f"{new[1]} of shape {new[0]} is wanted"
-            )
-
-
-def _fit_texts(state: dict[str, Any], metadata: Any) -> None:
-    """Make room for the JSON of each 4-bit weight; its length depends on the numbers in it."""
-    for key, value in state.items():
-        saved = metadata.state_dict_metadata.get(f"model.{key}")
-        if _manifest.is_text(key) and saved is not None and value.shape != saved.size:
-            state[key] = value.new_empty(tuple(saved.size))
-
-
-def _fit_forms(states: dict[str, Any], metadata: Any) -> None:
-    """Make room for optimizer states as they were saved, where that is in another form.
-
-    8-bit states are codes or, of sharded parameters whose rows are no whole blocks, values; FSDP1
-    has a form of its own. Our optimizers load each of them, as whole tensors, for any parameter.
-    States of another precision are left alone, to be refused.
-    """
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-    saved: dict[str, list[str]] = {}
-    for name, path in metadata.planner_data.items():
-        if path[:2] == ("optimizer", "state") and len(path) > 3:
-            saved.setdefault(path[2], []).append(name)
-    for parameter, state in states.items():
-        here = {"/".join(path) for path in _paths(state)}
-        names = saved.get(parameter, [])
-        there = {"/".join(metadata.planner_data[name][3:]) for name in names}
-        if here == there or _coded(here) is None or _coded(there) not in (_coded(here), "any"):
-            continue
-        state.clear()
-        for name in names:
-            entry, value = metadata.state_dict_metadata[name], None
-            if isinstance(entry, TensorStorageMetadata):
-                value = torch.empty(tuple(entry.size), dtype=entry.properties.dtype)
-            inner, path = state, metadata.planner_data[name][3:]
-            for part in path[:-1]:
-                inner = inner.setdefault(part, {})
-            inner[path[-1]] = value
-
-
-def _paths(state: dict[str, Any], *above: str) -> Iterator[tuple[str, ...]]:
-    for key, value in state.items():
-        if isinstance(value, dict):
-            yield from _paths(value, *above, key)
-        else:
-            yield (*above, key)
-
-
-def _coded(names: set[str]) -> str | None:
-    """Which precision the states of a parameter have, by their names; None if not one of ours."""
-    last = {name.rpartition("/")[2] for name in names}
-    if last & {"values1", "values2"}:
-        return "any"
-    if last & {"absmax1", "absmax2", "decoded1", "decoded2"}:
-        return "8-bit"
-    return None
-
-
-@contextlib.contextmanager
-def _one_sentence(path: Path, verb: str) -> Iterator[None]:
-    """Turn what torch raises on all ranks when one has failed into a CheckpointError."""
-    from torch.distributed.checkpoint import CheckpointException
-
-    try:
-        with warnings.catch_warnings():  # that there is no process group, and that pickles are read
-            warnings.filterwarnings("ignore", message="torch.distributed is")
-            yield
-    except CheckpointException as error:
-        rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
-        raise CheckpointError(
-            f"rank {rank} could not {verb} {path}: {type(cause).__name__}: {cause}"
-        ) from cause
-
-
-def _bare(model: nn.Module) -> nn.Module:
-    """The model inside DDP and torch.compile, so that names are those of the plain model."""
-    from torch.nn.parallel import DistributedDataParallel
-
-    while True:
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        elif type(model).__name__ == "OptimizedModule":
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
-
-
-def _model_state(model: nn.Module) -> dict[str, Any]:
-    from torch.distributed.checkpoint.state_dict import get_model_state_dict
-
-    return get_model_state_dict(model)
-
-
-def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-
-    return get_optimizer_state_dict(model, optimizer)
-
-
-def _trainable(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
-    """Those entries of ``state`` that are parameters which require a gradient."""
-    names: set[str] = set()
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if not parameter.requires_grad:
-            continue
-        for wrapper in _WRAPPERS:
-            name = name.replace(wrapper, "")
-        flat = getattr(parameter, "_fqns", None)  # an FSDP1 flat parameter
-        before = name.rpartition(".")[0]
-        names |= {f"{before}.{n}" if before else n for n in flat} if flat else {name}
-    return {key: value for key, value in state.items() if key in names}
-
-
-def _random_name(rank: int) -> str:
-    return f"random-{rank:05d}.pt"
-
-
-def _random_state() -> dict[str, Any]:
-    """The random state of this process, in types that torch.load(weights_only=True) takes."""
-    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
-    if "numpy" in sys.modules:
-        kind, keys, *rest = sys.modules["numpy"].random.get_state()
-        state["numpy"] = (str(kind), torch.from_numpy(keys.astype("int64")), *map(float, rest))
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    random.setstate(state["python"])
-    if "numpy" in state and "numpy" in sys.modules:
-        kind, keys, position, has_gauss, gauss = state["numpy"]
-        words = keys.numpy().astype("uint32")
-        sys.modules["numpy"].random.set_state((kind, words, int(position), int(has_gauss), gauss))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

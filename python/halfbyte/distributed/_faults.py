@@ -266,7 +266,7 @@ class Watcher:
         working = [peer for peer in self._peers if peer.state not in (ENDED, LOST)]
         for peer in working:
             if peer.state == FAILED:
-                return peer.error(f"failed {peer.where()}: {peer.line.get('text')}")
+                return peer.error(f"failed {peer.where(sure=True)}: {peer.line.get('text')}")
         for peer in working:
             if peer.gone and (peer.last_word or self._store_lost):
                 return peer.error(
@@ -287,16 +287,16 @@ class Watcher:
             if lost:
                 if peer.rank == self._keeper and not peer.here:
                     return peer.error(
-                        f"cannot be reached any more {peer.where()}; it keeps the store of the "
-                        f"job ({lost})"
+                        f"cannot be reached any more, {peer.where()}; it keeps the store of "
+                        f"the job ({lost})"
                     )
             elif not peer.here and now - peer.changed > limit:
                 return peer.error(
-                    f"has given no sign of life for {now - peer.changed:.0f} s {peer.where()}"
+                    f"has given no sign of life for {now - peer.changed:.0f} s, {peer.where()}"
                 )
         for peer in self._peers:
             if self._line["state"] == LOST and peer.state == ENDED:
-                return peer.error(f"had ended its work {peer.where()}, this rank had not")
+                return peer.error(f"had ended its work {peer.where(sure=True)}, this rank had not")
         return None
 
     def _say(self, text: str) -> None:
@@ -404,6 +404,8 @@ def watch(*, timeout: float = 60.0, interval: float = 1.0, grace: float | None =
     When another rank has died or raised, this rank prints a line to stderr as soon as it is known,
     and the exception with which a collective fails here (gloo: "Connection closed by peer") becomes
     a :class:`DeadRankError` with the rank, its host, pid, step and, if it raised, its exception.
+    The step of a killed rank is the last that it was heard of in: it may have got further, by
+    50 ms, or by ``interval`` if it kept the job's store.
     SIGTERM, with which torchrun ends the other ranks, is answered after that line has been
     printed, unless the program has a handler of its own.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import _manifest
 from ._manifest import CheckpointError
+from ._state import groups_of
 
 
 def check(path: Path, manifest: dict[str, Any], metadata: Any, state: Any, root: str) -> None:
@@ -39,6 +40,59 @@ def check(path: Path, manifest: dict[str, Any], metadata: Any, state: Any, root:
             raise CheckpointError(
                 f"{where}: {what} was saved as {old[1]} of shape {old[0]}, "
                 f"{new[1]} of shape {new[0]} is wanted"
+            )
+
+
+def fit_optimizer(
+    path: Path, manifest: dict[str, Any], metadata: Any, state: dict[str, Any]
+) -> None:
+    """Make ``state``, an optimizer's with a state for every parameter, what can be loaded.
+
+    A parameter that had no state when it was saved, since no gradient had reached it, loses its.
+
+    Raises:
+        CheckpointError: the checkpoint's optimizer is another one.
+    """
+    _check_groups(path, manifest, groups_of(state))
+    saved = {key[2] for key in metadata.planner_data.values() if key[:2] == ("optimizer", "state")}
+    for parameter in set(state["state"]) - saved:
+        del state["state"][parameter]
+    _fit_forms(state["state"], metadata)
+    _fit_schedules(state["param_groups"], metadata)
+    check(path, manifest, metadata, {"optimizer": state}, "optimizer")
+
+
+def _fit_schedules(groups: list[dict[str, Any]], metadata: Any) -> None:
+    """Learning rate schedules put ``initial_lr`` into groups, before or after loading."""
+    places = metadata.planner_data.values()
+    saved = {key[2] for key in places if key[1:2] == ("param_groups",) and "initial_lr" in key}
+    for index, group in enumerate(groups):
+        if index in saved:
+            group.setdefault("initial_lr", group["lr"])
+        else:
+            group.pop("initial_lr", None)
+
+
+def _check_groups(path: Path, manifest: dict[str, Any], groups: list[list[str]]) -> None:
+    """CheckpointError unless the same parameters form groups, in any order."""
+    saved: list[list[str]] = manifest["groups"]
+    file = path / _manifest.MANIFEST
+    there = {name: group for group in saved for name in group}
+    here = {name: group for group in groups for name in group}
+    for name in sorted({*there, *here}):
+        if name not in there:
+            raise CheckpointError(f"{file}: the optimizer that was saved did not have {name}")
+        if name not in here:
+            raise CheckpointError(f"{file}: the optimizer that was saved had {name}, this one not")
+        if set(there[name]) != set(here[name]):
+            odd = min(set(there[name]) ^ set(here[name]))
+            apart, together = ("another group than", "the same group as")
+            if odd in there[name]:
+                apart, together = together, apart
+            raise CheckpointError(
+                f"{file}: {name} was saved in {apart} {odd}; this optimizer has "
+                f"{len(groups)} parameter group{'s' * (len(groups) > 1)} instead of {len(saved)} "
+                f"and has it in {together} {odd}"
             )
 
 

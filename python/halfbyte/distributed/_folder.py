@@ -1,10 +1,13 @@
 """The life of a checkpoint folder: begun as ``.partial``, renamed when whole, removed when old.
 
+One of an abandoned branch of the run is renamed to ``.abandoned``, which only its path loads.
+
 Only one process, rank 0, calls what changes something here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -38,6 +41,28 @@ def steps(folder: Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
+def is_one(path: Path) -> bool:
+    """Whether ``path`` is a folder with the name of a checkpoint, and not a folder of some."""
+    return path.is_dir() and _NAME.fullmatch(path.name) is not None and not steps(path)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether all files of a checkpoint are there, in their sizes."""
+    try:
+        _manifest.check_sizes(path)
+    except CheckpointError:
+        return False
+    return True
+
+
+def check_free(path: Path, *, overwrite: bool) -> None:
+    """FileExistsError if ``path`` is a whole checkpoint that must not be replaced, or a file."""
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} is there already, and is a file")
+    if not overwrite and is_whole(path):
+        raise FileExistsError(f"{path} is there already; overwrite=True replaces it")
+
+
 def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     """The checkpoint with the highest step in ``folder``, or None.
 
@@ -47,8 +72,7 @@ def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     """
     for path in reversed(steps(Path(folder))):
         try:
-            for name, record in _manifest.read(path)["files"].items():
-                _manifest.check_size(path, name, record)
+            _manifest.check_sizes(path)
         except CheckpointError as error:
             warnings.warn(f"passed over {path.name}: {error}", stacklevel=2)
         else:
@@ -73,6 +97,8 @@ def verify_checkpoint(path: str | os.PathLike[str], *, checksums: bool = True) -
 
 def begin(path: Path) -> Path:
     """Make the folder to write the checkpoint ``path`` in; remove what dead jobs have left."""
+    if path.parent.exists() and not path.parent.is_dir():
+        raise CheckpointError(f"{path.parent} is a file; checkpoints need a folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     for other in path.parent.iterdir():
         if _PARTIAL.fullmatch(other.name) and _abandoned(other):
@@ -93,31 +119,72 @@ def give_up(partial: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
 
 
-def publish(partial: Path, path: Path) -> None:
-    """Give the finished folder its name. From then on the checkpoint exists."""
+def publish(partial: Path, path: Path, *, overwrite: bool) -> None:
+    """Give the finished folder its name. From then on the checkpoint exists.
+
+    Later checkpoints, and a broken one of the same step, are set aside before.
+
+    Raises:
+        FileExistsError: a whole one of the same step has appeared, and ``overwrite`` is False.
+    """
+    check_free(path, overwrite=overwrite)
     _let_go(partial)
     (partial / _LOCK).unlink(missing_ok=True)
-    replaced = None
-    if path.exists():
-        replaced = _aside(path)
+    replaced = _aside(path) if is_whole(path) else None
+    _abandon(path, None if replaced else path)
+    if replaced is not None:
         os.rename(path, replaced)
-    os.rename(partial, path)
+    try:
+        os.rename(partial, path)
+    except OSError:
+        # Another job was faster: a rename does not replace a folder that has files.
+        check_free(path, overwrite=False)
+        if replaced is not None:
+            os.rename(replaced, path)
+        raise
     _manifest.sync(path.parent)
     if replaced is not None:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
+def _abandon(new: Path, broken: Path | None) -> None:
+    """Set aside the checkpoints of later steps than ``new``, the last first, and ``broken``."""
+    beside = steps(new.parent)
+    number = _step(new)
+    later = [path for path in beside if _step(path) > number]
+    names = []
+    for path in [*reversed(later), *(path for path in beside if path == broken)]:
+        aside = _aside(path, "abandoned")
+        with contextlib.suppress(FileNotFoundError):  # another job was faster
+            os.rename(path, aside)
+            names.append(aside.name)
+    if names:
+        warnings.warn(
+            f"saving {new.name}: set aside what is of a later step, or of this one and broken, so "
+            f"that no restart takes it: {', '.join(names)}",
+            stacklevel=2,
+        )
+
+
 def thin(new: Path, keep: int) -> None:
-    """Remove all but the last ``keep`` checkpoints beside ``new``, which always stays."""
-    old = [path for path in steps(new.parent) if path != new]
-    for path in old[: max(0, len(old) + 1 - keep)]:
+    """Remove what is older than the last ``keep`` whole checkpoints, of which ``new`` is one."""
+    beside = [path for path in steps(new.parent) if _step(path) <= _step(new)]
+    whole = [path for path in beside if path == new or is_whole(path)]
+    if len(whole) < keep:
+        return
+    for path in beside[: beside.index(whole[-keep])]:
         aside = _aside(path)
-        os.rename(path, aside)  # so that a kill leaves no half of it under its name
-        shutil.rmtree(aside, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # another job was faster
+            os.rename(path, aside)  # so that a kill leaves no half of it under its name
+            shutil.rmtree(aside, ignore_errors=True)
 
 
-def _aside(path: Path) -> Path:
-    return path.with_name(f"{path.name}.{os.urandom(6).hex()}.partial")
+def _step(path: Path) -> int:
+    return int(path.name.partition("-")[2])
+
+
+def _aside(path: Path, end: str = "partial") -> Path:
+    return path.with_name(f"{path.name}.{os.urandom(6).hex()}.{end}")
 
 
 def _lock(stream: Any) -> bool | None:

@@ -28,7 +28,7 @@ def run(
         model: what ``lacking`` belongs to.
         lacking: path of a module, attribute, and whether it was on the meta device.
         initialize: see :func:`._loading.load`.
-        ranks: who takes part (``_Ranks``).
+        ranks: who takes part (:class:`~._ranks.Ranks`).
 
     Raises:
         RuntimeError: something is left without values.

@@ -26,9 +26,9 @@ from ..nn import _sharded
 from ..nn._sharded import Whole4bit, Whole8bit
 from ..nn.modules import Params4bit, _FourBitWeight
 from . import _initialize, _parts
-from ._checkpoint import _Ranks
 from ._parts import Part, Place
 from ._prepare import FLOAT_DTYPE, Model, Rename, packed_layers, plain_name, prepare
+from ._ranks import Ranks
 from ._reader import ModelFiles, scales_name
 
 __all__ = ["Loaded", "load", "load_sharded"]
@@ -88,7 +88,7 @@ def load(
         RuntimeError: something cannot be initialized, or reading failed: the model must not be used
             then.
     """
-    ranks = _Ranks(group)
+    ranks = Ranks(group)
     checked: list[tuple[ModelFiles, _Plan]] = []
 
     def check() -> int:
@@ -145,7 +145,7 @@ def load_sharded(
     Returns:
         ``model``, on its device.
     """
-    ranks = _Ranks(options.get("group"))
+    ranks = Ranks(options.get("group"))
 
     def packed() -> None:
         prepare(model, files, dtype=dtype, rename=rename)

@@ -28,6 +28,22 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be used, or could not be written; the text names file and tensor."""
 
 
+def plain(value: Any) -> Any:
+    """``value`` as it comes back from JSON.
+
+    Raises:
+        TypeError, ValueError: JSON does not hold it, or two keys of a dictionary are the same text.
+    """
+
+    def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError(f"two keys of a dictionary are the same text: {sorted(found)}")
+        return found
+
+    return json.loads(json.dumps(value), object_pairs_hook=distinct)
+
+
 def _checksum(manifest: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode())
 
@@ -45,7 +61,7 @@ def sync(path: Path) -> None:
 
 def write(folder: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest into ``folder`` and wait until it is on the disk."""
-    path = folder / MANIFEST
+    path, manifest = folder / MANIFEST, plain(manifest)  # the checksum is of what will be read
     path.write_text(json.dumps({"crc32": _checksum(manifest), "manifest": manifest}))
     sync(path)
     sync(folder)
@@ -140,6 +156,14 @@ def check_size(folder: Path, name: str, record: Mapping[str, Any]) -> None:
     cut = next((piece[0] for piece in record["pieces"] if piece[1] + piece[2] > size), "")
     within = f", cut off within {cut}" if cut else ""
     raise CheckpointError(f"{path} is truncated: it has {size} of {record['bytes']} bytes{within}")
+
+
+def check_sizes(folder: Path) -> dict[str, Any]:
+    """The manifest of ``folder``; CheckpointError if a file is missing or has another size."""
+    manifest = read(folder)
+    for name, record in manifest["files"].items():
+        check_size(folder, name, record)
+    return manifest
 
 
 def check_bytes(folder: Path, name: str, record: Mapping[str, Any]) -> None:

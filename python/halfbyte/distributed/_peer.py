@@ -19,7 +19,9 @@ class DeadRankError(RuntimeError):
         rank: its number in the default group.
         host: the name of its machine.
         pid: its process.
-        step: the step that it was in, or None if it never said.
+        step: the last step that it was heard of in, or None. If it died, it may have got a little
+            further: its last words are up to 50 ms old, or as old as the watcher's ``interval`` if
+            it took the job's store with it.
     """
 
     def __init__(self, text: str, rank: int, host: str, pid: int, step: int | None) -> None:
@@ -100,8 +102,13 @@ class Peer:
     def step(self) -> int | None:
         return self.line.get("step")
 
-    def where(self) -> str:
-        text = f"in step {self.step}" if self.step is not None else "before its first step"
+    def where(self, *, sure: bool = False) -> str:
+        """In which step it is, as far as is known. sure: it has said so itself, at its end."""
+        text = "before its first step"
+        if self.step is not None:
+            text = f"in step {self.step}"
+        if not sure:
+            text += " or a little later"
         doing = self.line.get("doing")
         return f"{text}, while {doing}" if doing else text
 

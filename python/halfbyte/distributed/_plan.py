@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ._plan_memory import hold
+from ._plan_memory import check_targets, hold
 from ._plan_model import Model, read_model
 from ._plan_moments import Moment, Wire, moments, on_host, total_of, wire_of
 from ._plan_setting import Setting, parse_bytes, parse_dtype, parse_optimizer
 
 __all__ = ["Moment", "Plan", "Row", "Wire", "plan"]
 
+MIB = 1 << 20
 GIB = 1 << 30
 _MOST_RANKS = 4096
 
@@ -147,7 +148,7 @@ def plan(
     model: str | os.PathLike[str] | Mapping[str, Any] | Model,
     *,
     ranks: int = 1,
-    gpu_mem: str | int | None = None,
+    gpu_mem: str | float | None = None,
     strategy: str | None = None,
     quant: str | None = None,
     double_quant: bool | None = None,
@@ -169,7 +170,7 @@ def plan(
     reshard: bool = True,
     wrap: str = "layer",
     device: str = "cuda",
-    overhead: str | int | None = None,
+    overhead: str | float | None = None,
 ) -> Plan:
     """How much memory each of ``ranks`` needs to fine-tune ``model``.
 
@@ -177,7 +178,7 @@ def plan(
         model: a Hugging Face folder, a ``config.json`` or its contents, or the name of a public
             architecture (see ``PRESETS`` in ``_plan_model.py``: ``llama-70b``, ...).
         ranks: processes, a device each.
-        gpu_mem: what a device has, such as ``24G`` (GiB), or bytes.
+        gpu_mem: what a device has, such as ``24G`` (GiB), or bytes, 1 MiB or more.
         strategy: "fsdp2", "fsdp1", "ddp" or "single"; fsdp2 for several ranks, else single.
         quant: of the linear weights in decoder layers: "nf4", "fp4", "int8" or "none". That of the
             checkpoint when it is quantized, else nf4, and none with ``full``.
@@ -187,7 +188,8 @@ def plan(
         mixed_precision: compute with trained parameters in ``dtype`` (FSDP2's
             ``MixedPrecisionPolicy``, autocast); else in their own, as PEFT does by itself.
         lora_rank: of every adapter.
-        lora_targets: "all-linear", "attention", or names such as ``("q_proj", "v_proj")``.
+        lora_targets: "all-linear", "attention", or names of linear layers, or ends of them, such as
+            ``("q_proj", "mlp.up_proj")`` or ``"q_proj,mlp.up_proj"``.
         train_dtype: of trained parameters and their gradients; fp32 for adapters as PEFT makes them
             (FSDP1: ``dtype``), ``dtype`` with ``full``.
         full: train everything instead of adapters.
@@ -205,7 +207,8 @@ def plan(
 
     Raises:
         FileNotFoundError, ImportError: see :func:`~._plan_model.read_model`.
-        ValueError: a setting that there is not, or that contradicts another.
+        ValueError: a setting that there is not, or that contradicts another; a LoRA target that no
+            linear layer of the model has.
     """
     known = model if isinstance(model, Model) else read_model(model)
     had = known.quantized
@@ -220,6 +223,8 @@ def plan(
         train_dtype = compute if full or flat else torch.float32
     if quant_storage is None:
         quant_storage = compute if flat else (had.storage if had else torch.uint8)
+    if blocksize is None:
+        blocksize = had.blocksize if had and had.blocksize else 64
     if overhead is None:
         overhead = GIB if device == "cuda" else 0
     setting = Setting(
@@ -227,12 +232,12 @@ def plan(
         strategy=strategy,
         quant=quant,
         double_quant=double_quant if double_quant is not None else had is None or had.nested,
-        blocksize=blocksize or (had.blocksize if had and had.blocksize else 64),
+        blocksize=blocksize,
         quant_storage=parse_dtype(quant_storage),
         dtype=compute,
         mixed_precision=mixed_precision,
         lora_rank=lora_rank,
-        lora_targets=lora_targets,
+        lora_targets=_targets(lora_targets),
         train_dtype=parse_dtype(train_dtype),
         full=full,
         optim=parse_optimizer(optim),
@@ -247,7 +252,25 @@ def plan(
         device=device,
         overhead=parse_bytes(overhead),
     )
-    return _plan(known, setting, None if gpu_mem is None else parse_bytes(gpu_mem))
+    return _plan(known, setting, None if gpu_mem is None else _memory(gpu_mem))
+
+
+def _memory(gpu_mem: str | float) -> int:
+    found = parse_bytes(gpu_mem)
+    if found < MIB:
+        raise ValueError(
+            f"gpu_mem {gpu_mem!r} means {found} bytes, less than any device has; is {gpu_mem}G "
+            "meant, which is GiB?"
+        )
+    return found
+
+
+def _targets(targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    if targets in ("all-linear", "attention"):
+        return targets
+    if isinstance(targets, str):
+        targets = tuple(target.strip() for target in targets.split(","))
+    return tuple(targets)
 
 
 # ---- the sum -------------------------------------------------------------------------------------
@@ -262,6 +285,8 @@ def _plan(model: Model, s: Setting, memory: int | None) -> Plan:
             f"{model.name}: no parameter is named after a numbered layer (layers.0, h.0, "
             "blocks.0), so it is no decoder that a plan could be made of"
         )
+    if not s.full:
+        check_targets(model, s)
     everything = total_of([root, *layers])
     return Plan(
         model=model,

@@ -37,7 +37,7 @@ from ..nn import _packed
 from ._plan_model import Model, Weight
 from ._plan_setting import Setting
 
-__all__ = ["Held", "adapters", "hold"]
+__all__ = ["Held", "adapters", "check_targets", "hold"]
 
 MIN_8BIT = 4096
 """Tensors of fewer elements have 32-bit states (``min_8bit_size`` of the optimizers)."""
@@ -100,8 +100,38 @@ def targeted(name: str, s: Setting) -> bool:
     """Whether the linear weight ``name`` gets an adapter."""
     if s.lora_targets == "all-linear":
         return True
-    chosen = _ATTENTION if s.lora_targets == "attention" else s.lora_targets
-    return name.removesuffix(".weight").rpartition(".")[2] in chosen
+    return any(_meant(name, target) for target in _names(s.lora_targets))
+
+
+def check_targets(model: Model, s: Setting) -> None:
+    """ValueError if an adapter is wanted on a linear layer that there is not."""
+    layers = [w.name for w in model.weights if w.linear and len(w.shape) == 2]
+    unknown = [
+        target
+        for target in _names(s.lora_targets)
+        if not any(_meant(name, target) for name in layers)
+    ]
+    if s.lora_targets == "attention":  # names of several architectures: one of them is enough
+        unknown = ["attention"] if len(unknown) == len(_ATTENTION) else []
+    elif s.lora_targets == "all-linear":
+        unknown = [] if layers else ["all-linear"]
+    if unknown:
+        last = sorted({name.removesuffix(".weight").rpartition(".")[2] for name in layers})
+        raise ValueError(
+            f"lora_targets has {unknown[0]!r}, but {model.name} has no such linear layer in its "
+            f"decoder layers; it has {', '.join(last) or 'none'}"
+        )
+
+
+def _names(targets: str | tuple[str, ...]) -> tuple[str, ...]:
+    if targets == "all-linear":
+        return ()
+    return _ATTENTION if targets == "attention" else tuple(targets) or ("",)
+
+
+def _meant(name: str, target: str) -> bool:
+    """Whether ``target`` is the end of the name of the layer that has the weight ``name``."""
+    return f".{name.removesuffix('.weight')}".endswith(f".{target}") and bool(target)
 
 
 def hold(model: Model, s: Setting) -> dict[int | None, Held]:

@@ -215,6 +215,7 @@ def _on_meta(config: Mapping[str, Any]) -> Iterator[Weight]:
     kind = str(config.get("model_type"))
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer, [in, out]
     except ImportError as error:
         raise ImportError(
             f"the shapes of a model of type {kind!r} without weights come from Transformers, "
@@ -227,9 +228,8 @@ def _on_meta(config: Mapping[str, Any]) -> Iterator[Weight]:
             model = AutoModelForCausalLM.from_config(made)
     except Exception as error:  # whatever Transformers cannot make of it
         raise ValueError(f"Transformers builds no model of type {kind!r}: {error}") from error
-    linear = {
-        f"{name}.weight" for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)
-    }
+    kinds = (torch.nn.Linear, Conv1D)
+    linear = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, kinds)}
     for name, parameter in model.named_parameters():
         layer = _layer(name)
         packs = layer is not None and (name in linear or _is_experts(name, parameter.shape))

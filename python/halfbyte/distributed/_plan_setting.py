@@ -52,13 +52,13 @@ def parse_dtype(name: str | torch.dtype) -> torch.dtype:
         raise ValueError(f"expected one of {', '.join(_DTYPES)}, got {name!r}") from None
 
 
-def parse_bytes(text: str | int) -> int:
+def parse_bytes(text: str | float) -> int:
     """``24G`` and ``24GiB`` are 24 * 1024^3 bytes, ``24GB`` are 24 * 1000^3, a number is bytes.
 
     ValueError for anything else.
     """
-    if isinstance(text, int):
-        return text
+    if isinstance(text, (int, float)):
+        return int(text)
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     unit = _UNITS.get(found.group(2).upper()) if found else None
     if found is None or unit is None:
@@ -146,8 +146,13 @@ class Setting:
                     f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}"
                 )
         for name in ("ranks", "batch", "seq", "accumulation", "lora_rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, int):
+                raise ValueError(f"{name} must be a whole number, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.overhead < 0:
+            raise ValueError(f"overhead must be 0 or more bytes, got {self.overhead}")
         if self.strategy == "single" and self.ranks != 1:
             raise ValueError(f"strategy single means one rank, got ranks {self.ranks}")
         if self.full and self.quant != "none":

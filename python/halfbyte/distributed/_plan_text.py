@@ -162,9 +162,6 @@ def main(argv: Sequence[str], prog: str = "python -m halfbyte plan") -> int:
     as_json = options.pop("json")
     options["offload"] = options["offload"] == "cpu"
     options["reshard"] = options.pop("reshard_after_forward")
-    targets = options["lora_targets"]
-    if targets not in ("all-linear", "attention"):
-        options["lora_targets"] = tuple(name.strip() for name in targets.split(","))
     try:
         found = plan(options.pop("model"), **options)
     except (ImportError, OSError, ValueError) as error:

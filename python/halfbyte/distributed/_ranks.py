@@ -53,6 +53,18 @@ class Ranks:
         self.together(lambda: kept.append(work()))
         return kept[0]
 
+    def agree(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Call ``work`` on every rank; what it returned, or ValueError where that differs."""
+        first, *others = self.together(work)
+        for rank, other in enumerate(others, start=1):
+            for name, value in first.items():
+                if other[name] != value:
+                    raise ValueError(
+                        f"{name} must be the same on all ranks: rank 0 has {value}, "
+                        f"rank {rank} has {other[name]}"
+                    )
+        return first
+
     def first(self, work: Callable[[], T]) -> T:
         """Call ``work`` on rank 0; what it returned, or the same error on all ranks."""
         values: list[Any] = self.together(lambda: work() if self.rank == 0 else None)

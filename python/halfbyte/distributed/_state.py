@@ -42,6 +42,47 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     return get_optimizer_state_dict(model, optimizer)
 
 
+@contextlib.contextmanager
+def room(ranks: Ranks, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Let torch make a state for each parameter that lacks one, to load into.
+
+    It makes them, with a step that changes nothing, only for an optimizer that has no state at all
+    and no gradient; so what is there is set aside. The gradients come back at the end, and all
+    else does if the block raises.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    gradients = [p.grad for p in parameters]
+    before, begun = optimizer.state, getattr(optimizer, "_begun", None)
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    lacking = any(
+        ranks.together(lambda: any(p.requires_grad and p not in before for p in parameters))
+    )
+    for parameter in parameters:
+        parameter.grad = None
+    if lacking:
+        optimizer.state = defaultdict(dict)
+        if begun is not None:  # ours: it knows such a step by its being the first
+            optimizer._begun = False  # type: ignore[attr-defined]
+    try:
+        yield
+    except BaseException:
+        if lacking:
+            optimizer.state = before
+            for group, entries in zip(optimizer.param_groups, groups, strict=True):
+                group.update(entries)
+            if begun is not None:
+                optimizer._begun = begun  # type: ignore[attr-defined]
+        raise
+    finally:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+
+
+def groups_of(state: dict[str, Any]) -> list[list[str]]:
+    """The names of the parameters in each group of an optimizer's state dict."""
+    return [list(group["params"]) for group in state["param_groups"]]
+
+
 def trainable(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     """Those entries of ``state`` that are parameters which require a gradient."""
     names: set[str] = set()

@@ -469,14 +469,10 @@ class _EightBitWeight(nn.Module):
     def named_buffers(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, Tensor]]:
-        """As ``nn.Module.named_buffers``. With ``recurse=False``, while the weight is sharded, also
-        what a state dict holds beside it: ``torch.distributed.checkpoint.state_dict`` broadcasts
-        from rank 0 what it finds so."""
+        """As ``nn.Module.named_buffers``; see :func:`._sharded.beside`."""
         yield from super().named_buffers(prefix, recurse, remove_duplicate)
-        if not recurse and _sharded.shard_of(self._parameters.get("weight")) is not None:
-            start = f"{prefix}." if prefix else ""
-            yield f"{start}SCB", self.SCB
-            yield f"{start}weight_format", self.weight_format
+        if not recurse:
+            yield from _sharded.beside(self, prefix)
 
     def _load_from_state_dict(
         self,

@@ -14,7 +14,7 @@ parts, part ``r`` has those from ``r * ceil(n / world)`` on. Blocks and parts ne
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -308,6 +308,21 @@ def describe(weight: Any) -> None:
     weight.absmax, weight.quant_map = state.absmax, state.code
     if state.nested:
         weight.nested_absmax, weight.nested_quant_map = state.state2.absmax, state.state2.code
+
+
+def beside(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """What a layer's state dict holds beside its sharded weight; nothing where that is not sharded.
+
+    ``torch.distributed.checkpoint.state_dict`` broadcasts from rank 0 what it finds among
+    parameters and ``named_buffers(recurse=False)``.
+    """
+    if shard_of(module._parameters.get("weight")) is None:
+        return
+    saved: dict[str, Tensor] = {}
+    module._save_to_state_dict(saved, "", keep_vars=True)
+    for name, tensor in saved.items():
+        if name not in module._parameters and name not in module._buffers:
+            yield f"{prefix}.{name}" if prefix else name, tensor
 
 
 def moved(weight: Any, fn: Callable[[Tensor], Tensor]) -> Any:

@@ -652,14 +652,10 @@ class _FourBitWeight(nn.Module):
     def named_buffers(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, Tensor]]:
-        """As ``nn.Module.named_buffers``. With ``recurse=False``, while the weight is sharded, also
-        what a state dict holds beside it: ``torch.distributed.checkpoint.state_dict`` broadcasts
-        from rank 0 what it finds so."""
+        """As ``nn.Module.named_buffers``; see :func:`._sharded.beside`."""
         yield from super().named_buffers(prefix, recurse, remove_duplicate)
-        if not recurse and _sharded.shard_of(self._parameters.get("weight")) is not None:
-            start = f"{prefix}." if prefix else ""
-            for name, tensor in self.weight.quant_state.as_dict(packed=True).items():
-                yield f"{start}weight.{name}", tensor
+        if not recurse:
+            yield from _sharded.beside(self, prefix)
 
     def _load_from_state_dict(
         self,
@@ -683,8 +679,9 @@ class _FourBitWeight(nn.Module):
             # out. This layer has codes and scales of its own, and keeps both; the key is missing.
             packed = False
             state_dict = {k: v for k, v in state_dict.items() if not k.startswith(key + ".")}
-        if self._parameters.get("weight") is None or not (
-            packed or (quantized and key in state_dict)
+        if not beside_flat and (
+            self._parameters.get("weight") is None
+            or not (packed or (quantized and key in state_dict))
         ):
             super()._load_from_state_dict(
                 state_dict,

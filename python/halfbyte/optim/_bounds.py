@@ -46,11 +46,19 @@ def set_ratios(batches: Iterable[tuple[float, Any]], members: list[Tensor], tria
         total = _sharded.summed(parts[0], mine.to(_sharded.local(parts[0]).device))
         squares.update(zip(map(id, parts), total.cpu(), strict=True))
     for max_unorm, batch in bounded:
-        for p, state in zip(batch.wholes, batch.states, strict=True):
+        for p, part, state in zip(batch.wholes, batch.params, batch.states, strict=True):
             update, whole = map(math.sqrt, squares[id(p)].tolist())
             bound = max_unorm * whole
             batch.ratios.append(bound / update if update > bound else 1.0)
-            state["unorm_vec"].fill_(update)
+            update_norm(part, state).fill_(update)
+
+
+def update_norm(p: Tensor, state: dict[str, Any]) -> Tensor:
+    """``unorm_vec`` of a state of ``p``, made if a loaded one has none: float32 ``[1]``."""
+    if "unorm_vec" not in state:
+        state["unorm_vec"] = torch.zeros((1,), dtype=torch.float32, device=p.device)
+    norm: Tensor = state["unorm_vec"]
+    return norm
 
 
 def _norm(batch: Any, index: int) -> float:

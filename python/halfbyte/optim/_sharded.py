@@ -12,14 +12,16 @@ DTensor, 8-bit, rows of whole blocks      likewise, uint8; ``absmax1``, ``absmax
                                           ``[blocks]``, in the order of the whole parameter
 DTensor, 8-bit, other rows                ``decoded1``, ``decoded2``: float32 DTensors
 of FSDP1, any                             ``values1``, ``values1_slow`` (of AdEMAMix),
-                                          ``values2``: float32, flat, not under the inner key;
-                                          ``step`` as a tensor
+                                          ``values2``, ``values_rest`` (``compensation``):
+                                          float32, flat, not under the inner key;
+                                          ``step`` as a tensor; no ``unorm_vec``
 ========================================  ======================================================
 
 A decoded block has its scale as its largest magnitude: the codes at both ends of the map stand for
 the scale itself, though the signed map has no -1. So encoding the same elements again gives the
 same codes and the same scale. An element of other blocks is off by at most half a gap between codes
-at the scale of its new block (a whole gap where it had the lowest code of the signed map).
+at the scale of its new block (a whole gap where it had the lowest code of the signed map). A block
+whose scale is below 2**-125 may hold one value by several codes: then the values stay.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ._coding import BLOCKSIZE, decode, encode
 
-_SLOW = "values1_slow"
+_SLOW, _REST = "values1_slow", "values_rest"
 
 # ---- parts of parameters -------------------------------------------------------------------------
 
@@ -321,7 +323,7 @@ def _exported_flat(p: Tensor, state: Mapping[Any, Any]) -> dict[Any, Any]:
             else:
                 out[f"values{number}"] = value
         elif key == "compensation":
-            out[key] = value.float()  # FSDP1 wants one dtype for all states of a parameter
+            out[_REST] = value.float()  # FSDP1 wants one dtype for all states of a parameter
         elif key == "step":
             out[key] = torch.tensor(value)  # what loads from rank 0 takes every state for a tensor
         elif not isinstance(value, Tensor) or value.dim() == 0:
@@ -399,7 +401,7 @@ def _floats(where: str, key: str, value: Any) -> Tensor:
 
 def _from_values(where: str, p: Tensor, out: dict[Any, Any], wanted: Wanted) -> None:
     """Replaces FSDP1's form by states."""
-    present = [key for key in ("values1", _SLOW, "values2") if key in out]
+    present = [key for key in ("values1", _SLOW, "values2", _REST) if key in out]
     for key in present:
         value = out[key]
         shape = tuple(local(p).shape)
@@ -412,7 +414,7 @@ def _from_values(where: str, p: Tensor, out: dict[Any, Any], wanted: Wanted) -> 
     if not present:
         return
     values = {"1": out.pop("values1", None), "2": out.pop("values2", None)}
-    slow = out.pop(_SLOW, None)
+    slow, rest = out.pop(_SLOW, None), out.pop(_REST, None)
     if wanted.stacked:
         if values["1"] is None or slow is None:
             raise ValueError(f"{where} must have both 'values1' and {_SLOW!r}, got {present}")
@@ -425,8 +427,8 @@ def _from_values(where: str, p: Tensor, out: dict[Any, Any], wanted: Wanted) -> 
             _encode_into(out, number, value, wanted)
         else:
             out[f"state{number}"] = value.detach().float()
-    if isinstance(out.get("compensation"), Tensor):
-        out["compensation"] = out["compensation"].detach().to(torch.bfloat16)
+    if rest is not None:
+        out["compensation"] = rest.detach().to(torch.bfloat16)
 
 
 def _encode_into(out: dict[Any, Any], number: str, values: Tensor, wanted: Wanted) -> None:

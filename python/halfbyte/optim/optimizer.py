@@ -818,7 +818,7 @@ class _StateOptimizer(Optimizer8bit):
             for key, shape in self._scales(part).items():
                 state[key] = torch.zeros(shape, dtype=torch.float32, device=part.device)
         if config["max_unorm"] > 0.0 and not self._stacked():
-            self._update_norm(part, state)
+            _bounds.update_norm(part, state)
         if config.get("rounding") == "kahan" and p.dtype is torch.bfloat16:
             self._compensation(part, state)
         self.state[p].update(state)
@@ -852,12 +852,6 @@ class _StateOptimizer(Optimizer8bit):
         if self._states == 2:
             shapes["absmax2"] = (blocks,)
         return shapes
-
-    @staticmethod
-    def _update_norm(p: Tensor, state: dict[str, Any]) -> Tensor:
-        if "unorm_vec" not in state:
-            state["unorm_vec"] = torch.zeros((1,), dtype=torch.float32, device=p.device)
-        return state["unorm_vec"]
 
     @staticmethod
     def _compensation(p: Tensor, state: dict[str, Any]) -> Tensor:
@@ -1038,7 +1032,7 @@ class _StateOptimizer(Optimizer8bit):
                     self._update_bounded(hyper, batch, state2, compensation, rates, streams)
                     return
                 if max_unorm > 0.0:
-                    norms = [self._update_norm(p, s) for p, s in zip(params, states, strict=True)]
+                    norms = [_bounds.update_norm(p, s) for p, s in zip(params, states, strict=True)]
                 step_group(
                     ops.optimizer_update_32bit.group,
                     name,
