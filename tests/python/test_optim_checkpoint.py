@@ -8,6 +8,7 @@ import io
 import optim_cases as cases
 import pytest
 import torch
+from halfbyte import optim
 from halfbyte.optim import _paged
 from torch import nn
 
@@ -514,3 +515,41 @@ def test_another_optimizers_state_dict_is_named_as_such():
 def test_what_is_no_state_dict_is_refused(bad):
     with pytest.raises(ValueError, match=r"must be a|has no key"):
         cases.make("AdamW8bit", cases.parameters((3,))).load_state_dict(bad)
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "AdamW", "AdEMAMix8bit", "Lion8bit", "Muon8bit"])
+@pytest.mark.parametrize("flat", [False, True])
+def test_distributed_checkpoint_state_dicts_load_into_a_fresh_optimizer(name, flat):
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Linear(96, 16))
+    optimizer = getattr(optim, name)(model.parameters(), lr=1e-3)
+
+    def step(model, optimizer):
+        model(torch.ones(2, 64)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(3):
+        step(model, optimizer)
+    saved = get_optimizer_state_dict(model, optimizer, options=options)
+    twin = copy.deepcopy(model)
+    fresh = getattr(optim, name)(twin.parameters(), lr=1e-3)
+    set_optimizer_state_dict(twin, fresh, saved, options=options)
+    step(model, optimizer)
+    step(twin, fresh)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert list(optimizer.state[p]) == list(fresh.state[q])
+    # states that have just been made are no others than those of a first step
+    third = getattr(optim, name)(twin.parameters(), lr=1e-3)
+    get_optimizer_state_dict(twin, third, options=options)
+    step(twin, third)
+    for q in twin.parameters():
+        assert list(third.state[q]) == list(fresh.state[q])

@@ -457,6 +457,9 @@ class Optimizer8bit(torch.optim.Optimizer):
             self.check_overrides()
             self.to_gpu()
             self.initialized = True
+        if self.__dict__.pop("_awaits_states", False):
+            for state in self.state.values():
+                state.pop(self._FSDP_WRAPPED_QUANT_STATE_KEY, None)
         if not getattr(self, "_begun", True) and self._is_trial():
             self._make_states()
         elif self._updates_together():
@@ -481,11 +484,17 @@ class Optimizer8bit(torch.optim.Optimizer):
         return _sharded.agreed(zero and not self.state, params)
 
     def _make_states(self) -> None:
-        """Those of every parameter that has a gradient, of no step yet."""
+        """Those of every parameter that has a gradient, of no step yet.
+
+        Until they are loaded or stepped they have the inner key of a state dict, too: in a
+        flattened one torch.distributed.checkpoint looks for the keys that it finds here.
+        """
+        self._awaits_states = True
         for gindex, group in enumerate(self.param_groups):
             for pindex, p in enumerate(group["params"]):
                 if p.grad is not None:
                     self.init_state(group, p, gindex, pindex)
+                    self.state[p][self._FSDP_WRAPPED_QUANT_STATE_KEY] = {}
 
     def _updates_together(self) -> bool:
         """False where somebody has put an update of their own."""
@@ -589,6 +598,8 @@ class Optimizer8bit(torch.optim.Optimizer):
             return state
         outside, inside = {}, {}
         for key, value in state.items():
+            if key == self._FSDP_WRAPPED_QUANT_STATE_KEY:
+                continue  # of states that have just been made
             if key in self.non_castable_tensor_keys:
                 # Without the mark of a paged tensor, which means nothing in a file.
                 inside[key] = value.detach() if getattr(value, "is_paged", False) else value
@@ -678,7 +689,11 @@ class Optimizer8bit(torch.optim.Optimizer):
         key = self._FSDP_WRAPPED_QUANT_STATE_KEY
         if not isinstance(state, dict) or key not in state:
             return state
-        return {**{k: v for k, v in state.items() if k != key}, **state[key]}
+        # Flattened state dicts come back with an empty dictionary for what is under the inner key.
+        outside = {
+            k: v for k, v in state.items() if k != key and not (isinstance(v, dict) and not v)
+        }
+        return {**outside, **state[key]}
 
     def _owns_state_layout(self) -> bool:
         """Whether states are what this package makes them, so that they can be checked."""
