@@ -117,7 +117,7 @@ two-hosts: $(STAMPS)/install
 
 docs: $(STAMPS)/install
 	@RUSTDOCFLAGS="-D warnings" cargo doc --quiet --no-deps -p halfbyte
-	@$(PY) -m pdoc --output-directory docs/site halfbyte >/dev/null
+	@$(PY) -m pdoc --output-directory docs/site halfbyte halfbyte.distributed >/dev/null
 	@echo "Rust: target/doc/halfbyte/index.html   Python: docs/site/index.html   guide: docs/"
 
 clean:
