@@ -102,7 +102,7 @@ def layers_compute_what_whole_ones_do(rank: int, world: int) -> int:
 def sharding_options(rank: int, world: int) -> str:
     """Offload, kept weights, checkpointing, two-dimensional meshes, tied layers, moves."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import CPUOffloadPolicy
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
     mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("copies", "parts"))
     for options in (
@@ -149,6 +149,12 @@ def sharding_options(rank: int, world: int) -> str:
         shard(late)
         with pytest.raises(RuntimeError, match="sharded as a float one"):
             late(torch.ones(1, 64))
+    # once a quantized weight is in its place, the layer computes again
+    layer = Linear8bitLt(64, 64, bias=False, has_fp16_weights=False)
+    fully_shard(nn.Sequential(layer))
+    ready = Linear8bitLt(64, 64, bias=False, has_fp16_weights=False).to("cpu")
+    layer.weight = copy.deepcopy(ready.weight)
+    assert torch.equal(layer(torch.ones(1, 64)), ready(torch.ones(1, 64)))
     return "done"
 
 

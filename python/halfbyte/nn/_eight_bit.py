@@ -342,17 +342,13 @@ class _EightBitWeight(nn.Module):
 
     def _enter(self, weight: Any) -> None:
         """Note that FSDP2 is about to put the sharded or the gathered weight in place."""
-        if _sharded.is_distributed(weight):
-            if _sharded.shard_of(weight) is None:
-                scales = self._scales() if weight.dtype == torch.int8 else None
-                if scales is None:
-                    _sharded.note(self, weight)
-                    return
-                _sharded.adopt(weight, _sharded.Whole8bit(weight.shape[0]), [scales])
-            _sharded.note(self, weight)
-            return
-        shard = _sharded.noted(self)
-        if shard is None or not shard.holds(weight):
+
+        def known() -> tuple[Any, Any] | None:
+            scales = self._scales() if weight.dtype == torch.int8 else None
+            return None if scales is None else (_sharded.Whole8bit(weight.shape[0]), [scales])
+
+        shard = _sharded.entering(self, weight, known)
+        if shard is None:
             return
         if not isinstance(weight, Int8Params):
             weight.__class__ = Int8Params  # FSDP's own object, which it will keep

@@ -421,16 +421,35 @@ def put_8bit(weight: Any, codes: Tensor, scales: Tensor) -> Any:
     return put(weight, parts[0], Whole8bit(rows), parts[1])
 
 
-def note(module: nn.Module, weight: Any) -> None:
-    """Let a layer know the DTensor that FSDP2 has put in place of its weight, also while that is
-    gathered."""
-    module.__dict__["_sharded_weight"] = weight
+def entering(
+    module: nn.Module, weight: Any, known: Callable[[], tuple[Any, Sequence[Tensor]] | None]
+) -> LocalShard | None:
+    """Take notice of a weight that is about to be set as that of a layer.
+
+    A DTensor of codes becomes a sharded quantized weight. known: what the layer has so far,
+    described and its scales, or None where that is not quantized.
+
+    Returns the shard if ``weight`` is what FSDP2 has gathered of it, None otherwise.
+    """
+    if is_distributed(weight):
+        found = known() if shard_of(weight) is None else None
+        if found is not None:
+            adopt(weight, *found)
+        module.__dict__[_NOTED] = weight
+        return None
+    shard = noted(module)
+    return shard if shard is not None and shard.holds(weight) else None
+
+
+_NOTED = "_sharded_weight"
+"""Attribute of a layer: the DTensor that FSDP2 has put in place of its weight, also while that is
+gathered."""
 
 
 def noted(module: nn.Module) -> LocalShard | None:
     """The shard of the weight that FSDP2 has in place, or had before it gathered it; None where
     there is none, or where it is one of float numbers."""
-    return shard_of(module.__dict__.get("_sharded_weight"))
+    return shard_of(module.__dict__.get(_NOTED))
 
 
 def refusal(module: nn.Module, weight: Any) -> str | None:
@@ -441,8 +460,9 @@ def refusal(module: nn.Module, weight: Any) -> str | None:
             f"the weight of this {name} is sharded by FSDP2 and not gathered: call the module that "
             "fully_shard() was applied to (its forward gathers the weight), or its unshard() first"
         )
-    known = module.__dict__.get("_sharded_weight")
-    if known is not None and noted(module) is None:
+    known: Any = module.__dict__.get(_NOTED)
+    is_float = weight.is_floating_point() and known is not None and weight.shape == known.shape
+    if is_float and noted(module) is None:
         return (
             f"{name} is not quantized: its weight of shape {list(known.shape)} was "
             "sharded as a float one. Quantize before fully_shard(), with .to(device), or let "

@@ -581,19 +581,18 @@ class _FourBitWeight(nn.Module):
 
     def _enter(self, weight: Any) -> None:
         """Note that FSDP2 is about to put the sharded or the gathered weight in place."""
-        if _sharded.is_distributed(weight):
-            if _sharded.shard_of(weight) is None:
-                state = self._known_state()
-                if state is None or not _packed.holds(weight, state.shape):
-                    _sharded.note(self, weight)
-                    return
-                whole = _sharded.Whole4bit(state)
-                _sharded.adopt(weight, whole, whole.scales(state))
+
+        def known() -> tuple[Any, Any] | None:
+            state = self._known_state()
+            if state is None or not _packed.holds(weight, state.shape):
+                return None
+            whole = _sharded.Whole4bit(state)
+            return whole, whole.scales(state)
+
+        shard = _sharded.entering(self, weight, known)
+        if _sharded.shard_of(weight) is not None:
             self.quant_state = weight.quant_state
-            _sharded.note(self, weight)
-            return
-        shard = _sharded.noted(self)
-        if shard is None or not shard.holds(weight):
+        if shard is None:
             return
         if not isinstance(weight, Params4bit):
             weight.__class__ = Params4bit  # FSDP's own object, which it will keep
