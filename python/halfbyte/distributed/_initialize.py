@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn import _sharded
+from .._dtensor import is_dtensor
 
 __all__ = ["run"]
 
@@ -79,7 +79,7 @@ def _fill(
                 f"the checkpoint does not hold {path}.{attribute}, and nothing here knows how to "
                 "initialize it: pass load(..., initialize=...), or keep it off the meta device"
             )
-        if _sharded.is_distributed(target):
+        if is_dtensor(target):
             from torch.distributed.tensor import distribute_tensor
 
             like: Any = target

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._dtensor import is_dtensor
 from ..nn import _sharded
 from ..nn._sharded import Whole4bit, Whole8bit
 from ..nn.modules import Params4bit, _FourBitWeight
@@ -329,7 +330,7 @@ def _materialize(model: nn.Module, device: torch.device) -> None:
 def _copy(target: Tensor, source: Tensor, files: ModelFiles) -> None:
     """Copy this rank's part of ``source``, a mapped tensor, into ``target``."""
     local = target
-    if _sharded.is_distributed(target):
+    if is_dtensor(target):
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
         like: Any = target

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._dtensor import is_dtensor
 from ..autograd._matmul_8bit import (
     MatmulLtState,
     dequantize_weight,
@@ -326,7 +327,7 @@ class _EightBitWeight(nn.Module):
         weight = self._parameters.get("weight")
         if weight is None:
             return
-        if weight.dtype != torch.int8 or _sharded.is_distributed(weight):
+        if weight.dtype != torch.int8 or is_dtensor(weight):
             self._keep(None, None)
         else:
             scales = getattr(weight, "SCB", None)
@@ -544,7 +545,7 @@ class _EightBitWeight(nn.Module):
             if isinstance(entry, _Entry):
                 self._load_quantized(entry, device, assign)
             else:
-                if _sharded.is_distributed(incoming):
+                if is_dtensor(incoming):
                     incoming = incoming.full_tensor()
                 self._load_codes(*quantize_weight(incoming.detach().to(device)), replace=assign)
 

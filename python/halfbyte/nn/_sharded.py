@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .._dtensor import is_dtensor
 from ..functional import QuantState, create_dynamic_map, get_4bit_type
 from . import _packed
 
@@ -244,11 +245,6 @@ def shard_of(weight: Any) -> LocalShard | None:
     return local if isinstance(local, LocalShard) else None
 
 
-def is_distributed(weight: Any) -> bool:
-    """Whether it is a DTensor."""
-    return getattr(weight, "_local_tensor", None) is not None
-
-
 def place(weight: Any) -> tuple[int, int]:
     """``(world, rank)``: in how many parts a DTensor is cut, and which one this process has.
 
@@ -366,7 +362,7 @@ def local_part(tensor: Tensor, weight: Any, length: int) -> Tensor:
 
     tensor: the whole tensor, or a DTensor. length: of what is cut: rows of the weight, or scales.
     """
-    if is_distributed(tensor):
+    if is_dtensor(tensor):
         like: Any = tensor
         if like.device_mesh == weight.device_mesh:
             return like.redistribute(placements=weight.placements)._local_tensor.reshape(-1)
@@ -404,7 +400,7 @@ def put_4bit(weight: Any, packed: Tensor, state: QuantState) -> Any:
     bytes that it is."""
     shard = weight._local_tensor
     if packed.dtype != shard.dtype:
-        packed = packed.full_tensor() if is_distributed(packed) else packed  # type: ignore[attr-defined]
+        packed = packed.full_tensor() if is_dtensor(packed) else packed  # type: ignore[attr-defined]
         packed = _packed.restore(packed, shard.dtype, state.shape)
     whole = Whole4bit(state)
     scales = [
@@ -431,7 +427,7 @@ def entering(
 
     Returns the shard if ``weight`` is what FSDP2 has gathered of it, None otherwise.
     """
-    if is_distributed(weight):
+    if is_dtensor(weight):
         found = known() if shard_of(weight) is None else None
         if found is not None:
             adopt(weight, *found)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._dtensor import is_dtensor
 from ..autograd._functions import matmul_4bit
 from ..functional import QuantState, dequantize_4bit, quantize_4bit
 from ..optim import GlobalOptimManager
@@ -753,7 +754,7 @@ class _FourBitWeight(nn.Module):
         weight = self.weight
         state = self._known_state()
         assert state is not None
-        if _sharded.is_distributed(incoming):
+        if is_dtensor(incoming):
             incoming = incoming.full_tensor()  # type: ignore[attr-defined]
         packed, new = quantize_4bit(
             incoming.detach().to(device).contiguous(),

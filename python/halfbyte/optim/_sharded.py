@@ -36,16 +36,12 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .._dtensor import is_dtensor
 from ._coding import BLOCKSIZE, decode, encode
 
 _SLOW, _REST = "values1_slow", "values_rest"
 
 # ---- parts of parameters -------------------------------------------------------------------------
-
-
-def is_dtensor(x: Any) -> bool:
-    """Whether it is a DTensor, without importing them."""
-    return hasattr(x, "to_local") and hasattr(x, "placements")
 
 
 def local(tensor: Tensor) -> Tensor:
