@@ -23,7 +23,7 @@ use super::round::{self, Random};
 use super::rules::{AdEmaMix, Adagrad, Adam, Lion, Momentum, RmsProp, ScheduleFree, Step, Update};
 use super::tensor::{Rounding, Tensor8, Tensor32};
 use super::vector::Vector;
-use super::{Hyper, Rule};
+use super::{Coefficients, Hyper, Rule};
 use crate::code::encode8::nearest;
 use crate::code::{Code8, Kind};
 use crate::isa::Isa;
@@ -729,6 +729,14 @@ macro_rules! with_rule {
             Rule::ScheduleFree => $run::<ScheduleFree, 2>($($arg),*),
         }
     };
+}
+
+pub(super) fn coefficients(rule: Rule, hyper: &Hyper) -> Coefficients {
+    with_rule!(rule, coefficients_of(hyper))
+}
+
+fn coefficients_of<U: Update<N>, const N: usize>(hyper: &Hyper) -> Coefficients {
+    U::new(hyper).coefficients()
 }
 
 pub(super) fn step_8bit(

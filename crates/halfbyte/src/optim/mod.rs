@@ -209,6 +209,33 @@ impl Default for Hyper {
     }
 }
 
+/// The numbers that a rule makes of [`Hyper`], once a step: for back ends that have kernels of their
+/// own and must give the same bits.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Coefficients {
+    /// Gradients are multiplied by this.
+    pub gnorm_scale: f32,
+    /// What an update is multiplied by, before a trust ratio is multiplied in and the product is
+    /// rounded to float32.
+    pub rate: f64,
+    /// What a parameter is multiplied by and added to itself: decoupled weight decay.
+    pub shrink: f32,
+    /// The rule's own numbers in the order of its fields (averages as two: beta, then 1 - beta),
+    /// then zeros.
+    pub rule: [f32; Coefficients::RULE],
+}
+
+impl Coefficients {
+    /// Most numbers that a rule has of its own.
+    pub const RULE: usize = 10;
+
+    /// The numbers of one step.
+    #[must_use]
+    pub fn new(rule: Rule, hyper: &Hyper) -> Self {
+        engine::coefficients(rule, hyper)
+    }
+}
+
 /// Updates every tensor in place, with float32 states.
 ///
 /// # Errors

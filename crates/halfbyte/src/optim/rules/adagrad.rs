@@ -24,6 +24,10 @@ impl Update<1> for Adagrad {
         Step::new(rule, h, -h.lr, false)
     }
 
+    fn numbers(&self) -> Vec<f32> {
+        vec![self.weight_decay, self.eps]
+    }
+
     #[inline(always)]
     fn states<V: Vector>(&self, g: V, p: V, [v]: [V; 1]) -> ([V; 1], V) {
         let g = decayed(g, p, self.weight_decay);

@@ -31,6 +31,10 @@ impl Update<2> for Adam {
         Step::new(rule, h, -h.lr * c2 / c1, true)
     }
 
+    fn numbers(&self) -> Vec<f32> {
+        [&self.m.numbers()[..], &self.v.numbers(), &[self.eps]].concat()
+    }
+
     #[inline(always)]
     fn states<V: Vector>(&self, g: V, _: V, [m, v]: [V; 2]) -> ([V; 2], V) {
         ([self.m.of(m, g), self.v.of_square(v, g)], g)

@@ -41,6 +41,12 @@ impl Update<3> for AdEmaMix {
         Step::new(rule, h, -h.lr, true)
     }
 
+    fn numbers(&self) -> Vec<f32> {
+        let (c1, c2) = self.corrections;
+        let averages = [self.m1, self.m2, self.v].map(Average::numbers);
+        [averages.as_flattened(), &[self.alpha, c1, c2, self.eps]].concat()
+    }
+
     #[inline(always)]
     fn states<V: Vector>(&self, g: V, _: V, [m1, m2, v]: [V; 3]) -> ([V; 3], V) {
         ([self.m1.of(m1, g), self.m2.of(m2, g), self.v.of_square(v, g)], g)

@@ -24,6 +24,10 @@ impl Update<1> for Lion {
         Step::new(rule, h, -h.lr, true)
     }
 
+    fn numbers(&self) -> Vec<f32> {
+        [self.u.numbers(), self.m.numbers()].concat()
+    }
+
     #[inline(always)]
     fn states<V: Vector>(&self, g: V, _: V, [m]: [V; 1]) -> ([V; 1], V) {
         ([self.m.of(m, g)], self.u.of(m, g))

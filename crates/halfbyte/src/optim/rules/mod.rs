@@ -16,8 +16,8 @@ pub(super) use momentum::Momentum;
 pub(super) use rmsprop::RmsProp;
 pub(super) use schedule_free::ScheduleFree;
 
-use super::Hyper;
 use super::vector::Vector;
+use super::{Coefficients, Hyper};
 
 /// A rule with `N` states: what is float32 always, first moments, then the second moment.
 ///
@@ -36,6 +36,8 @@ pub(super) trait Update<const N: usize>: Copy + Send + Sync {
 
     /// The numbers of one step; also `rate` and `shrink`.
     fn new(hyper: &Hyper) -> Step<Self>;
+    /// The rule's own numbers, in the order of its fields: [`Coefficients::rule`].
+    fn numbers(&self) -> Vec<f32>;
     fn states<V: Vector>(&self, g: V, p: V, s: [V; N]) -> ([V; N], V);
     fn update<V: Vector>(&self, s: [V; N], carry: V) -> V;
 }
@@ -58,6 +60,18 @@ impl<U> Step<U> {
         Self { rule, gnorm_scale: hyper.gnorm_scale as f32, rate, shrink: shrink as f32 }
     }
 
+    /// These numbers without their names.
+    pub(super) fn coefficients<const N: usize>(&self) -> Coefficients
+    where
+        U: Update<N>,
+    {
+        let mut rule = [0.0; Coefficients::RULE];
+        let numbers = self.rule.numbers();
+        rule[..numbers.len()].copy_from_slice(&numbers);
+        let Self { gnorm_scale, rate, shrink, .. } = *self;
+        Coefficients { gnorm_scale, rate, shrink, rule }
+    }
+
     /// The new parameter.
     #[inline(always)]
     pub(super) fn param<V: Vector>(&self, p: V, update: V, rate: V) -> V {
@@ -76,6 +90,10 @@ struct Average {
 impl Average {
     fn new(beta: f64) -> Self {
         Self { beta: beta as f32, rest: (1.0 - beta) as f32 }
+    }
+
+    fn numbers(self) -> [f32; 2] {
+        [self.beta, self.rest]
     }
 
     #[inline(always)]

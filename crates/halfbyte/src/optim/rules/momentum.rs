@@ -25,6 +25,10 @@ impl Update<1> for Momentum {
         Step::new(Self { beta, weight_decay: h.weight_decay as f32 }, h, -h.lr, false)
     }
 
+    fn numbers(&self) -> Vec<f32> {
+        vec![self.beta, self.weight_decay]
+    }
+
     #[inline(always)]
     fn states<V: Vector>(&self, g: V, p: V, [m]: [V; 1]) -> ([V; 1], V) {
         let g = decayed(g, p, self.weight_decay);

@@ -47,6 +47,11 @@ impl Update<2> for ScheduleFree {
         Step::new(rule, h, 1.0, false)
     }
 
+    fn numbers(&self) -> Vec<f32> {
+        let Self { eps, correction, weight_decay, rate, weight, y_rate, .. } = *self;
+        [&self.v.numbers()[..], &[eps, correction, weight_decay, rate, weight, y_rate]].concat()
+    }
+
     #[inline(always)]
     fn states<V: Vector>(&self, g: V, y: V, [z, v]: [V; 2]) -> ([V; 2], V) {
         let v = self.v.of_square(v, g);

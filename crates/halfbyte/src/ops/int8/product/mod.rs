@@ -634,7 +634,9 @@ impl<'a, T: Element, O: Target, M: Micro> Engine<'a, T, O, M> {
             let row = self.order.input(i);
             self.left.row(self.isa, row, self.stat(i), columns, &mut row_codes[..depth]);
             starts[m] = start::<M>(row_codes);
-            spread::<M>(row_codes, &mut lanes[m..]);
+            if depth > 0 {
+                spread::<M>(row_codes, &mut lanes[m..]);
+            }
             if j > 0 {
                 self.left.take(row, columns, outliers[m..].iter_mut().step_by(M::ROWS));
             }

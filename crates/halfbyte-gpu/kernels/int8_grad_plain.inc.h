@@ -1,0 +1,48 @@
+// The kernel of int8_grad_plain.cu for elements of type T.
+
+KERNEL(256, NAMED(int8_grad_plain), (GLOBAL const T* grad, GLOBAL const i8* codes,
+                                     GLOBAL const float* scales, GLOBAL T* out, u64 rows,
+                                     u64 outputs, u64 columns)) {
+    SHARED(float, left, STEP * PITCH);
+    SHARED(float, right, STEP * PITCH);
+    u64 across = (columns + TILE - 1) / TILE;
+    u64 m0 = GROUP / across * TILE, c0 = GROUP % across * TILE;
+    u32 x = THREAD % 16, y = THREAD / 16;
+    float sums[4][4];
+    for (u32 i = 0; i < 4; i++) {
+        for (u32 j = 0; j < 4; j++) sums[i][j] = 0.0f;
+    }
+    for (u64 o0 = 0; o0 < outputs; o0 += STEP) {
+        for (u32 i = THREAD; i < TILE * STEP; i += THREADS) {
+            u64 m = m0 + i / STEP, o = o0 + i % STEP;
+            left[i % STEP * PITCH + i / STEP] =
+                m < rows && o < outputs ? LOAD(grad, m * outputs + o) : 0.0f;
+        }
+        for (u32 i = THREAD; i < TILE * STEP; i += THREADS) {
+            u64 o = o0 + i / TILE, c = c0 + i % TILE;
+            right[i / TILE * PITCH + i % TILE] =
+                o < outputs && c < columns ? decode8(codes[o * columns + c], scales[o]) : 0.0f;
+        }
+        BARRIER();
+        UNROLL
+        for (u32 o = 0; o < STEP; o++) {
+            UNROLL
+            for (u32 i = 0; i < 4; i++) {
+                UNROLL
+                for (u32 j = 0; j < 4; j++) {
+                    sums[i][j] = fma_(left[o * PITCH + y + 16 * i], right[o * PITCH + x + 16 * j],
+                                      sums[i][j]);
+                }
+            }
+        }
+        BARRIER();
+    }
+    UNROLL
+    for (u32 i = 0; i < 4; i++) {
+        UNROLL
+        for (u32 j = 0; j < 4; j++) {
+            u64 m = m0 + y + 16 * i, c = c0 + x + 16 * j;
+            if (m < rows && c < columns) STORE(out, m * columns + c, sums[i][j]);
+        }
+    }
+}

@@ -1,0 +1,4 @@
+// halfbyte: exact
+// One rule: a module of its own, so that no more is compiled or loaded than a program uses.
+#define RULE ademamix
+#include "optim_8bit.inc.h"

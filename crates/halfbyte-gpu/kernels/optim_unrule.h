@@ -1,0 +1,6 @@
+#undef RULE
+#undef RULED
+#undef STATES
+#undef FLOATS
+#undef SECOND
+#undef CARRIES

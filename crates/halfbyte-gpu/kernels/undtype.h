@@ -1,0 +1,2 @@
+// Ends what dtype.h began.
+#undef T
