@@ -23,7 +23,7 @@ import torch
 from . import functional as F
 from . import optim
 from ._load import native
-from .autograd._functions import matmul_4bit
+from .autograd._functions import matmul, matmul_4bit
 from .utils import find_outliers
 
 
@@ -35,53 +35,73 @@ def _line(name: str, value: object) -> None:
     print(f"  {name:<22}{value}")
 
 
-def _back_ends() -> list[tuple[str, str]]:
-    """What other devices this machine has, and that this version does not use them."""
-
-    def state(found: bool, what: str) -> str:
-        return f"{what}, not used: GPU back ends are not in this version" if found else "not found"
-
-    cuda = torch.cuda.is_available()
-    hip = torch.version.hip is not None
-    xpu = hasattr(torch, "xpu") and torch.xpu.is_available()
-    mps = torch.backends.mps.is_available()
-    return [
-        ("CPU", "in use"),
-        ("CUDA", state(cuda and not hip, torch.cuda.get_device_name() if cuda else "")),
-        ("ROCm", state(cuda and hip, torch.cuda.get_device_name() if cuda else "")),
-        ("XPU", state(xpu, "an Intel GPU")),
-        ("MPS", state(mps, "an Apple GPU")),
-    ]
+def _back_ends() -> None:
+    """What was looked for on this machine, found and refused, and whether torch can use it."""
+    for name, usable, text in native.gpu_report():
+        first, *rest = text.splitlines()
+        title, _, verdict = first.partition(": ")
+        if usable and name != "cpu" and _device(name) is None:
+            verdict += f", but PyTorch {torch.__version__} has no {title} device"
+        _line(title, verdict)
+        for line in rest:
+            _line("", line.strip())
 
 
-def _round_trip(quant_type: str, nested: bool, bound: float) -> str:
+def _device(back_end: str) -> str | None:
+    """What torch calls the devices of a back end; None when it has none."""
+    if back_end == "cpu":
+        return "cpu"
+    if back_end == "xpu":
+        return "xpu" if hasattr(torch, "xpu") and torch.xpu.is_available() else None
+    is_rocm = torch.version.hip is not None
+    return "cuda" if torch.cuda.is_available() and is_rocm == (back_end == "rocm") else None
+
+
+def _round_trip(device: str, quant_type: str, nested: bool, bound: float) -> str:
     """Quantizes, decodes and multiplies a weight whose shape is no multiple of anything."""
     weight = torch.linspace(-3, 3, 65 * 97).sin().reshape(65, 97)
-    packed, state = F.quantize_4bit(weight, quant_type=quant_type, compress_statistics=nested)
+    packed, state = F.quantize_4bit(
+        weight.to(device), quant_type=quant_type, compress_statistics=nested
+    )
     decoded = F.dequantize_4bit(packed, state)
-    error = (decoded - weight).abs().max().item()
+    error = (decoded.cpu() - weight).abs().max().item()
     if not error < bound:
         raise AssertionError(f"decoded values are off by {error:.3g}, expected less than {bound}")
-    x = torch.linspace(-1, 1, 5 * 97).reshape(5, 97).requires_grad_()
+    x = torch.linspace(-1, 1, 5 * 97).reshape(5, 97).to(device).requires_grad_()
     y = matmul_4bit(x, packed, state)
     y.sum().backward()
-    torch.testing.assert_close(y, x @ decoded.t(), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(x.grad, decoded.sum(0).expand(5, -1), rtol=1e-4, atol=1e-4)
+    assert x.grad is not None
+    host = decoded.cpu()
+    expected = x.detach().cpu() @ host.t()
+    torch.testing.assert_close(y.detach().cpu(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(x.grad.cpu(), host.sum(0).expand(5, -1), rtol=1e-4, atol=1e-4)
     return f"largest error {error:.3f}"
 
 
-def _blockwise() -> str:
+def _blockwise(device: str) -> str:
     values = torch.linspace(-3, 3, 6001).sin()
-    packed, state = F.quantize_blockwise(values, blocksize=256)
-    error = (F.dequantize_blockwise(packed, state) - values).abs().max().item()
+    packed, state = F.quantize_blockwise(values.to(device), blocksize=256)
+    error = (F.dequantize_blockwise(packed, state).cpu() - values).abs().max().item()
     if not error < 0.02:
         raise AssertionError(f"decoded values are off by {error:.3g}, expected less than 0.02")
     return f"largest error {error:.4f}"
 
 
-def _optimizer() -> str:
+def _int8(device: str) -> str:
+    """LLM.int8() with an outlier column, beside the float product."""
+    x = torch.linspace(-1, 1, 9 * 100).cos().reshape(9, 100)
+    x[:, 7] = 20.0
+    weight = torch.linspace(-3, 3, 33 * 100).sin().reshape(33, 100)
+    y = matmul(x.to(device), weight.to(device), threshold=6.0).cpu()
+    error = (y - x @ weight.t()).abs().max().item()
+    if not error < 0.2:
+        raise AssertionError(f"the product is off by {error:.3g}, expected less than 0.2")
+    return f"largest error {error:.4f}"
+
+
+def _optimizer(device: str) -> str:
     """8-bit AdamW on a quadratic: after 100 steps of 0.01 little is left of a distance of 0.5."""
-    weight = torch.nn.Parameter(torch.full((4097,), 0.5))
+    weight = torch.nn.Parameter(torch.full((4097,), 0.5, device=device))
     optimizer = optim.AdamW8bit([weight], lr=0.01, weight_decay=0.0)
     for _ in range(100):
         weight.grad = weight.detach().clone()
@@ -92,13 +112,30 @@ def _optimizer() -> str:
     return f"{left:.3f} left of 0.500"
 
 
-_TESTS: list[tuple[str, Callable[[], str]]] = [
-    ("NF4", lambda: _round_trip("nf4", False, 0.16)),
-    ("NF4, nested", lambda: _round_trip("nf4", True, 0.18)),
-    ("FP4", lambda: _round_trip("fp4", False, 0.18)),
+_TESTS: list[tuple[str, Callable[[str], str]]] = [
+    ("NF4", lambda device: _round_trip(device, "nf4", False, 0.16)),
+    ("NF4, nested", lambda device: _round_trip(device, "nf4", True, 0.18)),
+    ("FP4", lambda device: _round_trip(device, "fp4", False, 0.18)),
     ("8-bit blockwise", _blockwise),
+    ("LLM.int8()", _int8),
     ("AdamW, 8-bit states", _optimizer),
 ]
+
+
+def _self_test() -> tuple[int, int]:
+    """Runs every check on every device that can be used: how many failed, and of how many."""
+    usable = [_device(name) for name, usable, _ in native.gpu_report() if usable]
+    failed, count = 0, 0
+    for device in sorted({device for device in usable if device}):
+        _section(f"Self-test, {device}")
+        for name, test in _TESTS:
+            count += 1
+            try:
+                _line(name, f"ok, {test(device)}")
+            except Exception as error:  # whatever goes wrong is the finding
+                failed += 1
+                _line(name, f"FAILED: {type(error).__name__}: {error}")
+    return failed, count
 
 
 def outliers(argv: Sequence[str]) -> int:
@@ -192,18 +229,9 @@ def main(argv: Sequence[str] = ()) -> int:
     _line("threads", torch.get_num_threads())
 
     _section("Back ends")
-    for name, state in _back_ends():
-        _line(name, state)
-
-    _section("Self-test")
-    failed = 0
-    for name, test in _TESTS:
-        try:
-            _line(name, f"ok, {test()}")
-        except Exception as error:  # whatever goes wrong is the finding
-            failed += 1
-            _line(name, f"FAILED: {type(error).__name__}: {error}")
-    print(f"\n{failed} of {len(_TESTS)} checks failed" if failed else "\nEverything works.")
+    _back_ends()
+    failed, count = _self_test()
+    print(f"\n{failed} of {count} checks failed" if failed else "\nEverything works.")
     return 1 if failed else 0
 
 

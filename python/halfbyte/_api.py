@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from . import autograd, functional, integrations, nn, optim, utils
 from .autograd._functions import MatmulLtState, matmul, matmul_4bit
 from .nn import modules
@@ -10,8 +12,11 @@ from .optim import adam
 features: set[str] = {"multi_backend"}
 """Capabilities that clients ask for by name."""
 
-supported_torch_devices: set[str] = {"cpu"}
-"""Device types (``torch.device.type``) that there are kernels for."""
+supported_torch_devices: set[str] = (
+    {"cpu"} if os.environ.get("HALFBYTE_BACKEND", "").strip() == "cpu" else {"cpu", "cuda", "xpu"}
+)
+"""Device types (``torch.device.type``) that there are kernels for; ``"cuda"`` is ROCm too. What of
+it this machine has, ``python -m halfbyte`` says. ``HALFBYTE_BACKEND=cpu`` leaves the CPU."""
 
 __all__ = [
     "MatmulLtState",

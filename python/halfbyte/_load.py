@@ -33,7 +33,11 @@ else:
         try:
             _spec.loader.exec_module(native)
             # Looks up functions in the libtorch of this process; says so if it is too old.
-            native.bind(torch.__version__, os.path.join(os.path.dirname(torch.__file__), "lib"))
+            _torch = os.path.dirname(os.path.abspath(torch.__file__))
+            native.bind(torch.__version__, os.path.join(_torch, "lib"))
+            # Where PyPI's packages of NVRTC are, for kernels that have to be compiled.
+            for _folder in ("nvidia/cu13/lib", "nvidia/cuda_nvrtc/lib"):
+                native.add_library_folder(os.path.join(os.path.dirname(_torch), _folder))
         except BaseException:
             del sys.modules[_CANONICAL]
             raise

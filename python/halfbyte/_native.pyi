@@ -11,7 +11,7 @@ def is_registered(namespace: str) -> bool:
     """Whether :func:`register` has run for the namespace."""
 
 def register(namespace: str) -> None:
-    """Registers the CPU kernels of every op under ``torch.ops.<namespace>``, once."""
+    """Registers the kernels of every op under ``torch.ops.<namespace>``, for all devices, once."""
 
 def take_error() -> Exception | None:
     """Why this thread's last failed op failed, once; None when there is nothing to take."""
@@ -54,3 +54,30 @@ def normal_map(offset: float, use_extra_value: bool) -> list[float]:
 
 def fp8_map(signed: bool, exponent_bits: int, precision_bits: int, total_bits: int) -> list[float]:
     """256 values, ascending."""
+
+def add_library_folder(folder: str) -> None:
+    """A folder to look for NVRTC in, beside the usual ones. Nothing is opened now."""
+
+def gpu_error(runtime: str, index: int) -> str | None:
+    """Why a device of ``"cuda"``, ``"rocm"`` or ``"xpu"`` cannot be used; None when it can.
+
+    Opens the driver.
+    """
+
+def gpu_report() -> list[tuple[str, bool, str]]:
+    """Name, whether it can be used, and a text, for each back end in the order of the chain.
+
+    Opens every driver.
+    """
+
+def take_symbol_error() -> str | None:
+    """Why this thread's last call of a C symbol failed, once; None when it did not."""
+
+def managed_zeros(bytes: int, kind: str, index: int) -> object:
+    """A DLPack capsule of uint8 zeros that the host and a GPU (``"cuda"`` or ``"xpu"``) share."""
+
+def is_managed(address: int) -> bool:
+    """Whether memory came from :func:`managed_zeros`."""
+
+def prefetch_managed(address: int, kind: str, index: int, to_host: bool) -> None:
+    """Asks for pages to be moved to the device or the host, in the order of its current stream."""

@@ -1,4 +1,5 @@
-"""The ops: schemas, shapes for tracing, gradients. Their CPU kernels are registered from Rust.
+"""The ops: schemas, shapes for tracing, gradients. Their kernels are registered from Rust: the same
+ones for the CPU, CUDA (as which torch knows ROCm too) and XPU.
 
 They live under ``torch.ops.<name of this package>``. Those of LLM.int8() are in
 :mod:`._ops_int8`, those of layers of experts in :mod:`._ops_experts`. The schemas of
@@ -21,7 +22,7 @@ They live under ``torch.ops.<name of this package>``. Those of LLM.int8() are in
     themselves and their ``compensation``. Of ``"schedule_free_adamw"`` ``state1`` is float32
     beside an 8-bit ``state2`` too, and ``absmax1`` is empty.
 
-The argument lists must equal those in ``crates/halfbyte-torch/src/{ops,optim}.rs``.
+The argument lists must equal those in ``crates/halfbyte-torch/src/{ops,products,optim}.rs``.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _ops_experts, _ops_int8
+from . import _ops_experts, _ops_experts_gpu, _ops_int8
 from ._load import native
 from ._ops_base import (
     FLOATS,
@@ -112,12 +113,10 @@ def failure(error: Exception) -> Exception:
     if meant is not None and str(meant) in str(error):  # else it was of an op called directly
         return meant
     if isinstance(error, NotImplementedError) and "'Sparse" in str(error):
-        return NotImplementedError(
-            "this version runs on the CPU only, on dense tensors, got a sparse one"
-        )
+        return NotImplementedError("the ops work on dense tensors, got a sparse one")
     if isinstance(error, NotImplementedError) and "backend" in str(error):
         reason = str(error).partition(". ")[0]
-        return NotImplementedError(f"this version runs on the CPU only: {reason}")
+        return NotImplementedError(f"there are kernels for the CPU, CUDA and XPU only: {reason}")
     if type(error) is RuntimeError and "Expected a value of type" in str(error):
         return TypeError(str(error).partition("\n")[0])
     return error
@@ -572,6 +571,9 @@ def _register() -> None:
             _count_writes(library, name)
     for name, (backward, setup) in _GRADIENTS.items():
         torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup)
+    for name, kernel in _ops_experts_gpu.KERNELS.items():
+        for key in _ops_experts_gpu.KEYS:
+            library.impl(name, kernel, key)
     native.register(NAMESPACE)
 
 

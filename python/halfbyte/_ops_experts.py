@@ -18,7 +18,8 @@ blocks, and is padded with zeros to whole blocks; where ``out_features * in_feat
 of ``blocksize``, that is the layout of the whole tensor quantized at once. An 8-bit weight is
 ``CB``, int8 of that shape, and ``SCB``, float32 ``[experts, out_features]``.
 
-The argument lists must equal those in ``crates/halfbyte-torch/src/experts.rs``.
+The argument lists must equal those in ``crates/halfbyte-torch/src/experts.rs``, the CPU's kernels.
+On GPUs the ops are composed of others, see :mod:`._ops_experts_gpu`.
 """
 
 from __future__ import annotations

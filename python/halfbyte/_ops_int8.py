@@ -10,6 +10,8 @@ are upstream's; the others are ours:
     A whole layer: quantizes ``A`` ``[..., in_features]`` by rows, multiplies by ``CB``
     ``[out_features, in_features]`` under ``SCB``, adds outlier columns and bias. ``.outliers``
     also returns these columns, int64 and ascending, of which the number depends on the data.
+    On a GPU that, and the columns of ``int8_vectorwise_quant`` and ``int8_double_quant`` with a
+    threshold, must wait for the device; ``int8_linear`` does not.
 ``int8_linear_grad_input``
     ``grad_output`` · the dequantized weight.
 
@@ -17,7 +19,7 @@ Activations are float32, float16 or bfloat16 with any leading dimensions, and ev
 is a row with a statistic of its own. A ``threshold`` that is not above zero means no outliers;
 ``outlier_cols`` is None then. A ``bias`` may have another floating-point dtype than the result.
 
-The argument lists must equal those in ``crates/halfbyte-torch/src/int8.rs``.
+The argument lists must equal those in ``crates/halfbyte-torch/src/{int8,int8_products}.rs``.
 """
 
 from __future__ import annotations

@@ -162,15 +162,46 @@ def get_4bit_type(
     return torch.tensor(values, dtype=torch.float32, device=device or "cpu")
 
 
+def _is_plain(like: Tensor) -> bool:
+    """False for fake tensors and other subclasses: they do not mix with tensors that were made
+    outside of their mode."""
+    return type(like) is Tensor or type(like) is torch.nn.Parameter
+
+
+def _table4(quant_type: str, like: Tensor) -> Tensor:
+    """:func:`get_4bit_type` on the device of ``like``, there without a copy from the host but for
+    the first time: that waits for a GPU, and cannot be captured in a graph."""
+    device = like.device
+    if device.type == "cpu" or not _is_plain(like) or torch.compiler.is_compiling():
+        return get_4bit_type(quant_type, device=device)
+    kept = _tables4.get((quant_type, device))
+    if kept is None:
+        with torch.inference_mode(False):
+            kept = _tables4[quant_type, device] = get_4bit_type(quant_type, device=device)
+    return kept.clone()
+
+
+_tables4: dict[tuple[str, torch.device], Tensor] = {}
+
+
 def _dynamic_code(like: Tensor) -> Tensor:
     """The default 8-bit code on the device of ``like``."""
-    if type(like) is not Tensor and type(like) is not torch.nn.Parameter:
-        # Fake tensors and other subclasses do not mix with a tensor made outside of their mode.
+    if not _is_plain(like):
         return torch.tensor(_DYNAMIC, dtype=torch.float32, device=like.device)
     code = name2qmap["dynamic"]
-    return code if code.device == like.device else code.to(like.device)
+    device = like.device
+    if code.device == device:
+        return code
+    # A copy a device: making one waits for the device, and cannot be captured in a graph.
+    kept = _dynamic_codes.get(device)
+    if kept is None or kept[0] is not code:
+        with torch.inference_mode(False):
+            kept = _dynamic_codes[device] = code, code.to(device)
+    return kept[1]
 
 
+_dynamic_codes: dict[torch.device, tuple[Tensor, Tensor]] = {}
+"""By device: the code of :data:`name2qmap` that was copied, and the copy."""
 _DYNAMIC = native.dynamic_map(True, 7, 8)
 name2qmap["dynamic"] = _code(_DYNAMIC)
 
@@ -242,6 +273,12 @@ class QuantState:
         """The code, unless it is the one that the ops use anyhow."""
         code = self.code
         return None if code is self._standard else code
+
+    def _take_code(self, other: QuantState) -> QuantState:
+        """The code of another state, with what is known of it: on a GPU, finding that out again
+        would wait for the device. Returns this state."""
+        self.code, self._standard = other.code, other._standard
+        return self
 
     def __getattr__(self, name: str) -> Any:
         # torch.distributed.checkpoint walks to what as_dict(packed=True) calls by this name.
@@ -318,16 +355,20 @@ class QuantState:
         code = read.tensor("quant_map", None if blockwise else 16)
         if blockwise and not 1 <= code.numel() <= 256:
             raise ValueError(f"quant_map must have 1 to 256 entries, got {code.numel()}")
-        return cls(
+        state = cls(
             quant_type=quant_type,
             absmax=absmax.to(device),
             blocksize=blocksize,
-            code=code.to(device),
             dtype=read.dtype("dtype", ("float32", "float16", "bfloat16")),
             shape=shape,
             offset=offset,
             state2=state2,
         )
+        # Looked at where it is, which usually is the CPU.
+        standard = _is_standard(code, quant_type)
+        state.code = code.to(device)
+        state._standard = state.code if standard else None
+        return state
 
     def as_dict(self, packed: bool = False) -> dict[str, Any]:
         """The state as a dictionary.
@@ -471,9 +512,13 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_standard(code: Any, quant_type: str | None) -> bool:
-    if torch.compiler.is_compiling() or type(code) is not Tensor or not code.is_cpu:
+    """Whether a code holds the values of ``quant_type``. Of one on a GPU this waits for it, once
+    for each state that is made of parts, unless a graph is being captured."""
+    if torch.compiler.is_compiling() or type(code) is not Tensor or quant_type is None:
         return False
-    return code.tolist() == _CODE4.get(quant_type or "")
+    if code.is_meta or (code.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return False
+    return code.tolist() == _CODE4.get(quant_type)
 
 
 def _nested(state: QuantState) -> tuple[Tensor, Tensor, Tensor, int]:
@@ -551,9 +596,9 @@ def quantize_4bit(
                     scales = _buffer("absmax", absmax, blocks, torch.uint8, A).copy_(scales)
     except (RuntimeError, NotImplementedError) as error:
         raise failure(error) from None
-    code = get_4bit_type(quant_type, device=A.device)
-    state = QuantState(scales, A.shape, code, blocksize, quant_type, A.dtype, offset, state2)
-    state._standard = code
+    code = _table4(quant_type, A)
+    state = QuantState(scales, A.shape, None, blocksize, quant_type, A.dtype, offset, state2)
+    state.code = state._standard = code
     return packed, state
 
 
@@ -735,8 +780,8 @@ def quantize_blockwise(
         The indices, uint8 of the shape of ``A``, and the state.
 
     Raises:
-        ValueError: for another dtype or block size, a code that does not ascend, or buffers that
-            do not fit.
+        ValueError: for another dtype or block size, a code that does not ascend (on a GPU that is
+            not looked at), or buffers that do not fit.
     """
     if A.requires_grad:
         A = A.detach()
@@ -971,42 +1016,45 @@ def get_paged(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = FIRST_CUDA_DEVICE,
 ) -> Tensor:
-    """A contiguous tensor of zeros that need not fit memory, with ``is_paged`` set.
+    """A contiguous tensor of zeros that need not fit the device's memory, with ``is_paged`` set.
 
     Args:
         shape: its shape.
         dtype: its dtype.
-        device: the CPU, where it lives in a temporary file without a name (see
-            ``optim.set_paged_dir`` for the folder). Paging for GPUs is not in this version.
+        device: a CUDA or XPU device, which shares the tensor's pages with the host, or the CPU,
+            where it lives in a temporary file without a name (see ``optim.set_paged_dir`` for the
+            folder).
 
     Raises:
         NotImplementedError: for another device.
+        RuntimeError: when the GPU cannot be used, or the system has no memory for it.
         OSError: when the disk cannot hold it.
     """
-    from .optim import _paged
+    from .optim import _managed, _paged
 
     device = torch.device(device)
-    if device.type != "cpu":
-        raise NotImplementedError(
-            f"this version has paged tensors on the CPU only, got device {str(device)!r}"
-        )
-    return _paged.zeros(shape, dtype)
+    if device.type == "cpu":
+        return _paged.zeros(shape, dtype)
+    return _managed.zeros(shape, dtype, device)
 
 
 def prefetch_tensor(A: Tensor, to_cpu: bool = False) -> None:
-    """Asks the system to bring a paged tensor into memory, without waiting for it.
+    """Asks the system to bring a paged tensor into its device's memory, without waiting for it.
 
-    ``to_cpu`` makes no difference for tensors on the CPU.
+    The pages of a tensor on a GPU move in the order of its current stream: to the GPU, or with
+    ``to_cpu`` to the host. ``to_cpu`` makes no difference for tensors on the CPU.
 
     Raises:
         AssertionError: when ``A`` is not paged.
     """
-    from .optim import _paged
+    from .optim import _managed, _paged
 
     if not getattr(A, "is_paged", False):
         raise AssertionError("only paged tensors can be prefetched (those from get_paged)")
     if A.device.type == "cpu":
         _paged.prefetch(A)
+    else:
+        _managed.prefetch(A, to_cpu)
 
 
 def fill(

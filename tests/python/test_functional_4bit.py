@@ -377,7 +377,7 @@ BAD = [
     ("storage", lambda: F.quantize_4bit(X, quant_storage=torch.bool), ValueError, "got bool"),
     ("storage c", lambda: F.quantize_4bit(X, quant_storage=torch.cfloat), ValueError, "must be"),
     ("storage s", lambda: F.quantize_4bit(X, quant_storage="uint8"), TypeError, "quant_storage"),
-    ("sparse", lambda: F.quantize_4bit(X.to_sparse()), NotImplementedError, "CPU only"),
+    ("sparse", lambda: F.quantize_4bit(X.to_sparse()), NotImplementedError, "dense"),
     ("out shape", lambda: F.quantize_4bit(X, out=BYTES[:7]), ValueError, r"out must be .*3072, 1"),
     ("out dtype", lambda: F.quantize_4bit(X, out=BYTES.float()), ValueError, "got torch.float32"),
     ("absmax shape", lambda: F.quantize_4bit(X, absmax=X), ValueError, r"shape \[96\]"),

@@ -59,8 +59,11 @@ def test_contents(folder):
 
 
 def test_other_devices_are_refused():
-    with pytest.raises(NotImplementedError, match="on the CPU only, got device 'cuda:0'"):
-        F.get_paged(3)
+    with pytest.raises(NotImplementedError, match="CUDA and XPU devices, got device 'meta'"):
+        F.get_paged(3, device="meta")
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match=r"CUDA|cuda"):
+            F.get_paged(3)
     with pytest.raises(AssertionError, match="only paged tensors"):
         F.prefetch_tensor(torch.zeros(3))
 

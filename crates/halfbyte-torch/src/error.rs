@@ -22,6 +22,8 @@ pub(crate) enum Error {
     Torch(String),
     /// The core crate refused.
     Core(halfbyte::Error),
+    /// A launcher refused, or a driver.
+    Gpu(halfbyte_gpu::Error),
     /// A bug of ours, kept from crossing into C++.
     Panic(String),
 }
@@ -32,6 +34,23 @@ impl From<halfbyte::Error> for Error {
     }
 }
 
+impl From<halfbyte_gpu::Error> for Error {
+    /// Lengths in the core's words: an op says the same on every device.
+    fn from(error: halfbyte_gpu::Error) -> Self {
+        match error {
+            halfbyte_gpu::Error::Length { what: buffer, expected, got } => {
+                let unit = match buffer {
+                    "packed" => "bytes",
+                    "absmax" | "absmax1" | "absmax2" => "float32 scales",
+                    _ => "elements",
+                };
+                Self::Core(halfbyte::Error::Length { buffer, expected, got, unit })
+            }
+            error => Self::Gpu(error),
+        }
+    }
+}
+
 impl std::fmt::Display for Error {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
@@ -39,6 +58,7 @@ impl std::fmt::Display for Error {
                 f.write_str(message)
             }
             Self::Core(error) => error.fmt(f),
+            Self::Gpu(error) => error.fmt(f),
             Self::Panic(message) => write!(f, "internal error, please report it: {message}"),
         }
     }
@@ -54,17 +74,23 @@ pub(crate) enum Kind {
 
 impl Error {
     fn kind(&self) -> Kind {
-        use halfbyte::Error as Core;
+        use halfbyte_gpu::Error as Gpu;
         match self {
-            Self::Value(_) => Kind::Value,
-            Self::Type(_) => Kind::Type,
-            Self::Torch(_) | Self::Panic(_) => Kind::Runtime,
-            Self::Core(error) => match error {
-                Core::DTypeMismatch { .. } | Core::TensorDType { .. } => Kind::Type,
-                Core::Isa { .. } | Core::Io { .. } => Kind::Runtime,
-                _ => Kind::Value,
-            },
+            Self::Value(_) | Self::Gpu(Gpu::Argument { .. }) => Kind::Value,
+            Self::Type(_) | Self::Gpu(Gpu::DType { .. }) => Kind::Type,
+            Self::Core(error) => of_core(error),
+            Self::Gpu(Gpu::Core(error)) => of_core(error),
+            Self::Torch(_) | Self::Panic(_) | Self::Gpu(_) => Kind::Runtime,
         }
+    }
+}
+
+fn of_core(error: &halfbyte::Error) -> Kind {
+    use halfbyte::Error as Core;
+    match error {
+        Core::DTypeMismatch { .. } | Core::TensorDType { .. } => Kind::Type,
+        Core::Isa { .. } | Core::Io { .. } => Kind::Runtime,
+        _ => Kind::Value,
     }
 }
 

@@ -5,11 +5,15 @@
 // Kernels own their arguments, whether or not they use them up.
 #![allow(clippy::needless_pass_by_value)]
 
+use crate::dtype::with_float;
 use crate::error::{Error, Result};
-use crate::int8::{magnitude, read_bias};
-use crate::ops::{Readable, State, Weight, elements, numbers, use_torch_threads};
+use crate::int8::magnitude;
+use crate::int8_products::read_bias;
+use crate::memory::Source;
 use crate::stack::{Ints, ops};
-use crate::tensor::{Source, Tensor, with_float};
+use crate::tensor::Tensor;
+use crate::threads::use_torch_threads;
+use crate::weight::{Readable, State, Weight, elements, numbers};
 use halfbyte::{Experts4, Experts8, Routing, TokenRows};
 
 ops! {
@@ -94,22 +98,26 @@ fn fresh(
     like: &Source<'_>,
 ) -> Result<Tensor> {
     match rows {
-        TokenRows::One => Tensor::empty(&[tokens, features], like.dtype()),
-        TokenRows::Each => Tensor::empty(&[tokens, slots, features], like.dtype()),
+        TokenRows::One => Tensor::empty(&[tokens, features], like.dtype(), like.device()),
+        TokenRows::Each => Tensor::empty(&[tokens, slots, features], like.dtype(), like.device()),
     }
 }
 
 // ---- 4-bit weights -----------------------------------------------------------------------------
 
 /// `shape` and the weight in it.
-fn weight4<'a>(readable: &'a Readable<'_>, shape: &Ints) -> Result<([usize; 3], Experts4<'a>)> {
+fn weight4<'a>(
+    readable: &'a Readable<'_>,
+    table: &'a [f32; 16],
+    shape: &Ints,
+) -> Result<([usize; 3], Experts4<'a>)> {
     let shape = shape.with(|shape| experts_shape(shape, "shape"))?;
     let [experts, out_features, in_features] = shape;
     let blocks = readable.blocksize.over(out_features * in_features).count();
     let padded = experts.saturating_mul(blocks).saturating_mul(readable.blocksize.get());
     let packed = readable.codes(padded)?;
     let scales = readable.scales()?;
-    let weight = Experts4::new(packed, scales, &readable.table, readable.blocksize, shape)?;
+    let weight = Experts4::new(packed, scales, table, readable.blocksize, shape)?;
     Ok((shape, weight))
 }
 
@@ -121,7 +129,8 @@ fn experts_matmul_4bit(
     state: State,
 ) -> Result<Tensor> {
     let readable = weight.read(&state)?;
-    let ([experts, n, k], operand) = weight4(&readable, &weight.shape)?;
+    let table = readable.table()?;
+    let ([experts, n, k], operand) = weight4(&readable, &table, &weight.shape)?;
     let routing = routing(&expert_ids, experts)?;
     let rows = token_rows(&a, "A", &routing, k)?;
     let input = a.read("A")?;
@@ -129,7 +138,7 @@ fn experts_matmul_4bit(
     let out = fresh(TokenRows::Each, sizes, &input)?;
     use_torch_threads();
     with_float!(input.dtype(), "A", T => {
-        let bias = bias.as_ref().map(|b| read_bias::<T>(b, &[experts, n])).transpose()?;
+        let bias = bias.as_ref().map(|b| read_bias(b, &[experts, n], input.dtype())).transpose()?;
         let bias = bias.as_ref().map(Source::slice).transpose()?;
         let (x, mut y) = (input.slice::<T>()?, out.write("out")?);
         Ok(halfbyte::experts_matmul_4bit(x, rows, &routing, &operand, bias, y.slice_mut()?)?)
@@ -145,7 +154,8 @@ fn experts_matmul_4bit_grad_input(
     state: State,
 ) -> Result<Tensor> {
     let readable = weight.read(&state)?;
-    let (shape, operand) = weight4(&readable, &weight.shape)?;
+    let table = readable.table()?;
+    let (shape, operand) = weight4(&readable, &table, &weight.shape)?;
     let routing = routing(&expert_ids, shape[0])?;
     let (rows, sizes) = grad_shape(&grad_output, &routing, shape, shared)?;
     let grad = grad_output.read("grad_output")?;
@@ -200,7 +210,7 @@ fn experts_matmul_8bit(
     let out = fresh(TokenRows::Each, sizes, &input)?;
     use_torch_threads();
     with_float!(input.dtype(), "A", T => {
-        let bias = bias.as_ref().map(|b| read_bias::<T>(b, &[experts, n])).transpose()?;
+        let bias = bias.as_ref().map(|b| read_bias(b, &[experts, n], input.dtype())).transpose()?;
         let bias = bias.as_ref().map(Source::slice).transpose()?;
         let (x, mut y) = (input.slice::<T>()?, out.write("out")?);
         let (y, threshold) = (y.slice_mut()?, magnitude(threshold));

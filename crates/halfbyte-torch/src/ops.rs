@@ -7,11 +7,17 @@
 // Kernels own their arguments, whether or not they use them up.
 #![allow(clippy::needless_pass_by_value)]
 
+use crate::dtype::{Scalar, ScalarType, with_float};
 use crate::error::{Error, Result};
-use crate::stack::{Ints, Str, group, ops};
-use crate::tensor::{Destination, Scalar, ScalarType, Source, Tensor, with_float};
-pub(crate) use crate::threads::use_torch_threads;
-use halfbyte::{BlockSize, Code4, Code8, NestedScales, NonFinite, Scales, Weight4};
+use crate::gpu::Queue;
+use crate::memory::{Destination, Source};
+use crate::products::expect_shape;
+use crate::stack::{Str, ops};
+use crate::tensor::Tensor;
+use crate::threads::use_torch_threads;
+use crate::weight::{Readable, State, Weight, block_size, code4, elements, numbers};
+use halfbyte::{BlockSize, Code4, Code8, NonFinite};
+use halfbyte_gpu::{DeviceSlice, ops as gpu};
 use std::borrow::Cow;
 
 ops! {
@@ -41,90 +47,6 @@ ops! {
         -> ();
     QuantizeAbsmax = c"quantize_absmax" => quantize_absmax(
         absmax: Tensor, blocksize: i64) -> [Tensor; 3];
-    Gemv4bit = c"gemv_4bit" => gemv_4bit(a: Tensor, weight: GemvWeight) -> Tensor;
-    Gemv4bitOut = c"gemv_4bit.out" => gemv_4bit_out(
-        a: Tensor, weight: GemvWeight, out: Tensor) -> ();
-    Gemm4bit = c"gemm_4bit" => gemm_4bit(
-        a: Tensor, weight: GemmWeight, bias: Option<Tensor>, nested: GemmNested) -> Tensor;
-    Matmul4bit = c"matmul_4bit" => matmul_4bit(
-        a: Tensor, weight: Weight, bias: Option<Tensor>, state: State) -> Tensor;
-    Matmul4bitOut = c"matmul_4bit.out" => matmul_4bit_out(
-        a: Tensor, weight: Weight, bias: Option<Tensor>, state: State, out: Tensor) -> ();
-    Matmul4bitGradInput = c"matmul_4bit_grad_input" => matmul_4bit_grad_input(
-        grad_output: Tensor, weight: Weight, state: State) -> Tensor;
-}
-
-group! {
-    /// A quantized tensor.
-    Weight { packed: Tensor, absmax: Tensor, blocksize: i64, quant_type: Str, shape: Ints }
-}
-
-group! {
-    /// What else a quantization state may say.
-    State {
-        code: Option<Tensor>,
-        absmax2: Option<Tensor>,
-        code2: Option<Tensor>,
-        offset: Option<Tensor>,
-        blocksize2: i64,
-    }
-}
-
-group! {
-    /// A weight as upstream's `gemv_4bit` lists it.
-    GemvWeight { packed: Tensor, shape: Ints, absmax: Tensor, code: Tensor, blocksize: i64 }
-}
-
-group! {
-    /// A weight as upstream's `gemm_4bit` lists it.
-    GemmWeight { packed: Tensor, shape: Ints, absmax: Tensor, blocksize: i64, quant_type: Str }
-}
-
-group! {
-    /// Double quantization as upstream's `gemm_4bit` lists it.
-    GemmNested { absmax_8bit: Option<Tensor>, code: Option<Tensor>, offset: Option<Tensor> }
-}
-
-/// A block size as Python passes it.
-pub(crate) fn block_size(blocksize: i64) -> Result<BlockSize> {
-    let parsed = usize::try_from(blocksize).ok().map(BlockSize::new);
-    parsed.transpose()?.ok_or_else(|| {
-        let message = halfbyte::Error::BlockSize { got: 0 }.to_string();
-        Error::Value(format!("{}{blocksize}", message.trim_end_matches('0')))
-    })
-}
-
-fn code4(quant_type: &Str) -> Result<Code4> {
-    match quant_type.bytes()? {
-        b"nf4" => Ok(Code4::Nf4),
-        b"fp4" => Ok(Code4::Fp4),
-        other => {
-            let got = String::from_utf8_lossy(other).into_owned();
-            Err(halfbyte::Error::QuantType { got }.into())
-        }
-    }
-}
-
-/// The number of elements of a shape, refusing negative sizes and overflow.
-pub(crate) fn elements(shape: &[i64]) -> Result<usize> {
-    shape
-        .iter()
-        .try_fold(1usize, |n, &size| n.checked_mul(usize::try_from(size).ok()?))
-        .filter(|&n| n <= i64::MAX as usize / 8)
-        .ok_or_else(|| Error::Value(format!("shape must be a tensor's shape, got {shape:?}")))
-}
-
-/// `[out_features, in_features]`.
-fn matrix(shape: &Ints) -> Result<(usize, usize)> {
-    shape.with(|shape| match *shape {
-        [rows, columns] => {
-            elements(&[rows, columns])?;
-            Ok((rows as usize, columns as usize))
-        }
-        _ => Err(Error::Value(format!(
-            "the weight's shape must be [out_features, in_features], got {shape:?}"
-        ))),
-    })
 }
 
 /// Bytes of the packed buffer: two codes a byte, zero-padded to whole storage elements.
@@ -140,10 +62,6 @@ fn packed_elements(elements: usize, storage: ScalarType) -> Result<(usize, usize
     Ok((bytes, bytes.div_ceil(item)))
 }
 
-pub(crate) fn numbers(len: usize) -> i64 {
-    len as i64 // lengths come from tensors, whose sizes are i64
-}
-
 // ---- 4-bit codes -------------------------------------------------------------------------------
 
 /// Quantizes into `packed` and `absmax`, zeroing the padding behind the last code.
@@ -151,21 +69,30 @@ fn encode_4bit(
     a: &Source<'_>,
     code: Code4,
     blocksize: BlockSize,
-    packed: &mut [u8],
-    absmax: &mut [f32],
+    packed: &mut Destination<'_>,
+    absmax: &mut Destination<'_>,
 ) -> Result<()> {
     let bytes = a.len().div_ceil(2);
-    if packed.len() < bytes {
+    if packed.nbytes() < bytes {
         return Err(halfbyte::Error::Length {
             buffer: "out",
             expected: bytes,
-            got: packed.len(),
+            got: packed.nbytes(),
             unit: "bytes",
         }
         .into());
     }
-    let (codes, padding) = packed.split_at_mut(bytes);
+    if let Some(queue) = Queue::of(a)? {
+        let (input, absmax) = (a.floats_on(&queue, "A")?, absmax.on(&queue)?);
+        let codes = packed.bytes_on(&queue)?.part("packed", 0, bytes)?;
+        if packed.nbytes() > bytes {
+            packed.zero()?;
+        }
+        return Ok(gpu::quantize_4bit(queue.stream(), input, code, blocksize, codes, absmax)?);
+    }
+    let (codes, padding) = packed.bytes_mut()?.split_at_mut(bytes);
     padding.fill(0);
+    let absmax = absmax.slice_mut()?;
     use_torch_threads();
     with_float!(a.dtype(), "A", T => {
         halfbyte::quantize_4bit(
@@ -184,16 +111,12 @@ fn quantize_4bit(
     let (code, blocksize) = (code4(&quant_type)?, block_size(blocksize)?);
     let a = a.read("A")?;
     let (_, items) = packed_elements(a.len(), quant_storage)?;
-    let packed = Tensor::empty(&[numbers(items), 1], quant_storage)?;
+    let packed = Tensor::empty(&[numbers(items), 1], quant_storage, a.device())?;
     let blocks = blocksize.over(a.len()).count();
-    let absmax = Tensor::empty(&[numbers(blocks)], f32::scalar_type())?;
-    encode_4bit(
-        &a,
-        code,
-        blocksize,
-        packed.write("packed")?.bytes_mut(),
-        absmax.write("absmax")?.slice_mut()?,
-    )?;
+    let absmax = Tensor::empty(&[numbers(blocks)], f32::scalar_type(), a.device())?;
+    let (mut codes, mut scales) = (packed.write("packed")?, absmax.write("absmax")?);
+    encode_4bit(&a, code, blocksize, &mut codes, &mut scales)?;
+    drop((codes, scales));
     Ok([packed, absmax])
 }
 
@@ -208,7 +131,7 @@ fn quantize_4bit_out(
     let a = a.read("A")?;
     let mut packed = out.write("out")?;
     let (bytes, items) = packed_elements(a.len(), packed.dtype())?;
-    if packed.bytes_mut().len() != items * (packed.dtype().size().unwrap_or(1)) {
+    if packed.nbytes() != items * (packed.dtype().size().unwrap_or(1)) {
         return Err(Error::Value(format!(
             "out must hold {items} elements of {} ({bytes} bytes of codes), got {}",
             packed.dtype().name(),
@@ -219,7 +142,7 @@ fn quantize_4bit_out(
     packed.apart_from(&a)?;
     scales.apart_from(&a)?;
     packed.apart_from_output(&scales)?;
-    encode_4bit(&a, code, blocksize, packed.bytes_mut(), scales.slice_mut()?)?;
+    encode_4bit(&a, code, blocksize, &mut packed, &mut scales)?;
     packed.finish()?;
     scales.finish()
 }
@@ -243,164 +166,49 @@ fn quantize_absmax(absmax: Tensor, blocksize: i64) -> Result<[Tensor; 3]> {
 
 /// Double quantization: 8-bit codes of the scales, their scales, and the mean that was taken off.
 fn nest(absmax: &Source<'_>, blocksize: BlockSize) -> Result<[Tensor; 3]> {
-    let n = absmax.len();
-    let codes = Tensor::empty(&[numbers(n)], u8::scalar_type())?;
-    let absmax2 = Tensor::empty(&[numbers(blocksize.over(n).count())], f32::scalar_type())?;
-    use_torch_threads();
-    let offset = halfbyte::quantize_absmax(
-        absmax.slice()?,
-        blocksize,
-        codes.write("codes")?.slice_mut()?,
-        absmax2.write("absmax2")?.slice_mut()?,
-    )?;
-    Ok([codes, absmax2, Tensor::scalar(offset)?])
-}
-
-/// A weight with its state, checked and readable.
-pub(crate) struct Readable<'a> {
-    packed: Source<'a>,
-    absmax: Source<'a>,
-    pub(crate) table: [f32; 16],
-    pub(crate) blocksize: BlockSize,
-    nested: Option<Nested<'a>>,
-}
-
-struct Nested<'a> {
-    absmax2: Source<'a>,
-    code2: Source<'a>,
-    offset: f32,
-    blocksize: BlockSize,
-}
-
-impl State {
-    /// The standard code and no double quantization.
-    const PLAIN: Self =
-        Self { code: None, absmax2: None, code2: None, offset: None, blocksize2: 256 };
-
-    /// The 16 values: the state's own, or those of the type.
-    fn table(&self, standard: Option<Code4>) -> Result<[f32; 16]> {
-        match (&self.code, standard) {
-            (None, Some(code)) => Ok(*code.table()),
-            (None, None) => Err(Error::Value("code must hold 16 values, got none".into())),
-            (Some(code), _) => {
-                let code = code.read_as::<f32>("code")?;
-                code.slice()?.try_into().map_err(|_| {
-                    Error::Value(format!("code must hold 16 values, got {}", code.len()))
-                })
-            }
-        }
+    let (n, device) = (absmax.len(), absmax.device());
+    let codes = Tensor::empty(&[numbers(n)], u8::scalar_type(), device)?;
+    let blocks = numbers(blocksize.over(n).count());
+    let absmax2 = Tensor::empty(&[blocks], f32::scalar_type(), device)?;
+    let offset = Tensor::empty(&[], f32::scalar_type(), device)?;
+    let (mut c, mut a, mut o) =
+        (codes.write("codes")?, absmax2.write("absmax2")?, offset.write("offset")?);
+    if let Some(queue) = Queue::of(absmax)? {
+        // The offset, a mean, stays on the device: nothing waits for it.
+        let scratch = queue.workspace(gpu::quantize_absmax_workspace(n))?;
+        gpu::quantize_absmax(
+            queue.stream(),
+            absmax.on(&queue)?,
+            blocksize,
+            c.on(&queue)?,
+            a.on(&queue)?,
+            o.on(&queue)?,
+            scratch.slice(),
+        )?;
+    } else {
+        use_torch_threads();
+        let (c, a) = (c.slice_mut()?, a.slice_mut()?);
+        o.slice_mut()?[0] = halfbyte::quantize_absmax(absmax.slice()?, blocksize, c, a)?;
     }
-
-    fn nested(&self) -> Result<Option<Nested<'_>>> {
-        let (absmax2, code2, offset) = match (&self.absmax2, &self.code2, &self.offset) {
-            (None, None, None) => return Ok(None),
-            (Some(absmax2), Some(code2), Some(offset)) => (absmax2, code2, offset),
-            _ => {
-                return Err(Error::Value(
-                    "double-quantized scales need all of absmax2, code2 and offset, or none".into(),
-                ));
-            }
-        };
-        let offset = offset.read_as::<f32>("offset")?;
-        let [offset] = *offset.slice()? else {
-            return Err(Error::Value(format!("offset must hold one value, got {}", offset.len())));
-        };
-        Ok(Some(Nested {
-            absmax2: absmax2.read_as::<f32>("absmax2")?,
-            code2: code2.read_as::<f32>("code2")?,
-            offset,
-            blocksize: block_size(self.blocksize2)?,
-        }))
-    }
-}
-
-/// Reads a weight of which the type is known by name, or only by the state's code.
-fn read_weight<'a>(
-    packed: &'a Tensor,
-    absmax: &'a Tensor,
-    blocksize: i64,
-    quant_type: Option<&Str>,
-    state: &'a State,
-) -> Result<Readable<'a>> {
-    let standard = quant_type.map(code4).transpose()?;
-    let nested = state.nested()?;
-    Ok(Readable {
-        packed: packed.read("packed")?,
-        absmax: match &nested {
-            None if !absmax.dtype()?.is_float() => {
-                return Err(Error::Type(format!(
-                    "absmax must be float32 unless it is double-quantized, got {}",
-                    absmax.dtype()?.name()
-                )));
-            }
-            None => absmax.read_as::<f32>("absmax")?,
-            Some(_) => absmax.read("absmax")?,
-        },
-        table: state.table(standard)?,
-        blocksize: block_size(blocksize)?,
-        nested,
-    })
-}
-
-impl Weight {
-    pub(crate) fn read<'a>(&'a self, state: &'a State) -> Result<Readable<'a>> {
-        read_weight(&self.packed, &self.absmax, self.blocksize, Some(&self.quant_type), state)
-    }
+    drop((c, a, o));
+    Ok([codes, absmax2, offset])
 }
 
 impl Readable<'_> {
-    /// Refuses an output that lies over any part of the state.
-    fn keep_apart(&self, out: &Destination<'_>) -> Result<()> {
-        out.apart_from(&self.packed)?;
-        out.apart_from(&self.absmax)?;
-        if let Some(nested) = &self.nested {
-            out.apart_from(&nested.absmax2)?;
-            out.apart_from(&nested.code2)?;
-        }
-        Ok(())
-    }
-
-    /// The bytes of `n` codes, without the zeros that fill up the last storage element.
-    pub(crate) fn codes(&self, n: usize) -> Result<&[u8]> {
-        const WIDEST_STORAGE: usize = 8;
-        let (bytes, need) = (self.packed.bytes(), n.div_ceil(2));
-        if bytes.len() < need || bytes.len() >= need + WIDEST_STORAGE {
-            return Err(Error::Value(format!(
-                "packed must hold {need} bytes for {n} elements, got {}",
-                bytes.len()
-            )));
-        }
-        Ok(&bytes[..need])
-    }
-
-    pub(crate) fn scales(&self) -> Result<Scales<'_>> {
-        Ok(match &self.nested {
-            None => Scales::Plain(self.absmax.slice()?),
-            Some(nested) => Scales::Nested(NestedScales {
-                absmax: self.absmax.slice()?,
-                code: <&[f32; 256]>::try_from(nested.code2.slice::<f32>()?).map_err(|_| {
-                    Error::Value(format!("code2 must hold 256 values, got {}", nested.code2.len()))
-                })?,
-                absmax2: nested.absmax2.slice()?,
-                blocksize: nested.blocksize,
-                offset: nested.offset,
-            }),
-        })
-    }
-
-    fn matrix(&self, rows: usize, columns: usize) -> Result<Weight4<'_>> {
-        let codes = self.codes(rows * columns)?;
-        let scales = self.scales()?;
-        Ok(Weight4::new(codes, scales, &self.table, self.blocksize, rows, columns)?)
-    }
-
     fn decode(&self, out: &mut Destination<'_>) -> Result<()> {
         self.keep_apart(out)?;
+        let n = out.len();
+        if let Some(queue) = Queue::of(self.packed())? {
+            let (codes, scales) = (self.codes_on(&queue, n)?, self.scales_on(&queue, n)?);
+            let (table, out) = (self.table_on(&queue)?, out.floats_on(&queue, "dtype")?);
+            let stream = queue.stream();
+            return Ok(gpu::dequantize_4bit(stream, codes, &scales, &table, self.blocksize, out)?);
+        }
+        let (codes, scales, table) = (self.codes(n)?, self.scales()?, self.table()?);
         use_torch_threads();
         with_float!(out.dtype(), "dtype", T => {
             let out = out.slice_mut::<T>()?;
-            let codes = self.codes(out.len())?;
-            halfbyte::dequantize_4bit(codes, &self.scales()?, &self.table, self.blocksize, out)?;
+            halfbyte::dequantize_4bit(codes, &scales, &table, self.blocksize, out)?;
             Ok(())
         })
     }
@@ -418,8 +226,8 @@ fn dequantize_4bit_state(weight: Weight, dtype: ScalarType, state: State) -> Res
     let readable = weight.read(&state)?;
     let out = weight.shape.with(|shape| {
         // Allocates only what the packed buffer can fill.
-        readable.codes(elements(shape)?)?;
-        Tensor::empty(shape, check_float(dtype)?)
+        readable.code_bytes(elements(shape)?)?;
+        Tensor::empty(shape, check_float(dtype)?, readable.packed().device())
     })?;
     readable.decode(&mut out.write("out")?)?;
     Ok(out)
@@ -445,13 +253,6 @@ fn expect_dtype(out: &Tensor, dtype: ScalarType) -> Result<()> {
     Err(Error::Type(format!("out must be {}, got {}", dtype.name(), got.name())))
 }
 
-pub(crate) fn expect_shape(out: &Tensor, shape: &[i64]) -> Result<()> {
-    if out.sizes()? == shape {
-        return Ok(());
-    }
-    Err(Error::Value(format!("out must have shape {shape:?}, got {:?}", out.sizes()?)))
-}
-
 // ---- 8-bit codes -------------------------------------------------------------------------------
 
 /// A code of up to 256 values, filled up with its last value.
@@ -470,13 +271,28 @@ fn code256<'a>(code: &'a Source<'_>) -> Result<Cow<'a, [f32; 256]>> {
     }
 }
 
+/// As [`code256`], filled up by the kernel. That the values ascend, which the CPU checks, would have
+/// to be waited for.
+fn code256_on(code: &Source<'_>, queue: &Queue) -> Result<DeviceSlice<f32>> {
+    if (1..=256).contains(&code.len()) {
+        return code.on(queue);
+    }
+    Err(Error::Value(format!("code must hold 1 to 256 values, got {}", code.len())))
+}
+
 fn encode_blockwise(
     a: &Source<'_>,
     code: &Source<'_>,
     blocksize: BlockSize,
-    out: &mut [u8],
-    absmax: &mut [f32],
+    out: &mut Destination<'_>,
+    absmax: &mut Destination<'_>,
 ) -> Result<()> {
+    if let Some(queue) = Queue::of(a)? {
+        let (input, code) = (a.floats_on(&queue, "A")?, code256_on(code, &queue)?);
+        let (out, absmax) = (out.on(&queue)?, absmax.on(&queue)?);
+        return Ok(gpu::quantize_blockwise(queue.stream(), input, code, blocksize, out, absmax)?);
+    }
+    let (out, absmax) = (out.slice_mut()?, absmax.slice_mut()?);
     let values = code256(code)?;
     let dynamic = Code8::dynamic(true);
     let custom;
@@ -504,16 +320,13 @@ fn encode_blockwise(
 fn quantize_blockwise(a: Tensor, code: Tensor, blocksize: i64) -> Result<[Tensor; 2]> {
     let blocksize = block_size(blocksize)?;
     let source = a.read("A")?;
-    let out = Tensor::empty(a.sizes()?, u8::scalar_type())?;
+    let code = code.read_as::<f32>("code")?;
+    let out = Tensor::empty(a.sizes()?, u8::scalar_type(), source.device())?;
     let blocks = blocksize.over(source.len()).count();
-    let absmax = Tensor::empty(&[numbers(blocks)], f32::scalar_type())?;
-    encode_blockwise(
-        &source,
-        &code.read_as::<f32>("code")?,
-        blocksize,
-        out.write("out")?.slice_mut()?,
-        absmax.write("absmax")?.slice_mut()?,
-    )?;
+    let absmax = Tensor::empty(&[numbers(blocks)], f32::scalar_type(), source.device())?;
+    let (mut codes, mut scales) = (out.write("out")?, absmax.write("absmax")?);
+    encode_blockwise(&source, &code, blocksize, &mut codes, &mut scales)?;
+    drop((codes, scales));
     Ok([out, absmax])
 }
 
@@ -533,7 +346,7 @@ fn quantize_blockwise_out(
         absmax.apart_from(input)?;
     }
     out.apart_from_output(&absmax)?;
-    encode_blockwise(&a, &code, blocksize, out.slice_mut()?, absmax.slice_mut()?)?;
+    encode_blockwise(&a, &code, blocksize, &mut out, &mut absmax)?;
     out.finish()?;
     absmax.finish()
 }
@@ -549,6 +362,11 @@ fn decode_blockwise(
     let (absmax, code) = (absmax.read_as::<f32>("absmax")?, code.read_as::<f32>("code")?);
     for input in [a, &absmax, &code] {
         out.apart_from(input)?;
+    }
+    if let Some(queue) = Queue::of(a)? {
+        let (codes, absmax, code) = (a.on(&queue)?, absmax.on(&queue)?, code256_on(&code, &queue)?);
+        let (stream, out) = (queue.stream(), out.floats_on(&queue, "dtype")?);
+        return Ok(gpu::dequantize_blockwise(stream, codes, absmax, code, blocksize, out)?);
     }
     let code = code256(&code)?;
     use_torch_threads();
@@ -566,7 +384,7 @@ fn dequantize_blockwise(
     blocksize: i64,
     dtype: ScalarType,
 ) -> Result<Tensor> {
-    let out = Tensor::empty(a.sizes()?, check_float(dtype)?)?;
+    let out = Tensor::empty(a.sizes()?, check_float(dtype)?, a.device()?)?;
     decode_blockwise(&a.read("A")?, &absmax, &code, blocksize, &mut out.write("out")?)?;
     Ok(out)
 }
@@ -583,158 +401,4 @@ fn dequantize_blockwise_out(
     let mut destination = out.write("out")?;
     decode_blockwise(&a.read("A")?, &absmax, &code, blocksize, &mut destination)?;
     destination.finish()
-}
-
-// ---- products ----------------------------------------------------------------------------------
-
-/// The two products that a quantized weight takes part in.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Product {
-    /// `A [.., in] · W^T → [.., out]`.
-    Forward,
-    /// `A [.., out] · W → [.., in]`: the gradient of the other.
-    GradInput,
-}
-
-/// The shape of the product: the leading dimensions of `a`, which messages call `what`, then the
-/// features.
-pub(crate) fn product_shape<R>(
-    a: &Tensor,
-    what: &str,
-    (inner, outer): (usize, usize),
-    f: impl FnOnce(&[i64], usize) -> Result<R>,
-) -> Result<R> {
-    let sizes = a.sizes()?;
-    let Some((&last, leading)) = sizes.split_last() else {
-        return Err(Error::Value(format!("{what} must have at least one dimension, got none")));
-    };
-    if last as usize != inner {
-        return Err(Error::Value(format!(
-            "the last dimension of {what} must be {inner}, got {what} of shape {sizes:?}"
-        )));
-    }
-    let rows = elements(leading)?;
-    let mut few = [0; 8];
-    if sizes.len() <= few.len() {
-        few[..leading.len()].copy_from_slice(leading);
-        few[leading.len()] = numbers(outer);
-        return f(&few[..sizes.len()], rows);
-    }
-    let mut many = sizes.to_vec();
-    *many.last_mut().expect("not empty") = numbers(outer);
-    f(&many, rows)
-}
-
-/// Multiplies into `out`, or into a tensor of its own, which it returns.
-fn product(
-    kind: Product,
-    a: &Tensor,
-    weight: &Readable<'_>,
-    shape: &Ints,
-    bias: Option<&Tensor>,
-    out: Option<&Tensor>,
-) -> Result<Option<Tensor>> {
-    let (rows, columns) = matrix(shape)?;
-    let operand = weight.matrix(rows, columns)?;
-    let sides = if kind == Product::Forward { (columns, rows) } else { (rows, columns) };
-    let dtype = a.dtype()?;
-    let what = if kind == Product::Forward { "A" } else { "grad_output" };
-    product_shape(a, what, sides, |result_shape, n| {
-        let fresh = match out {
-            Some(out) => {
-                expect_shape(out, result_shape)?;
-                None
-            }
-            None => Some(Tensor::empty(result_shape, dtype)?),
-        };
-        let Some(result) = fresh.as_ref().or(out) else { unreachable!("one of the two is there") };
-        let input = a.read("A")?;
-        let bias = bias.map(|bias| bias.read("bias")).transpose()?;
-        let mut destination = result.write("out")?;
-        destination.apart_from(&input)?;
-        weight.keep_apart(&destination)?;
-        if let Some(bias) = &bias {
-            destination.apart_from(bias)?;
-        }
-        use_torch_threads();
-        with_float!(dtype, "A", T => {
-            let (input, output) = (input.slice::<T>()?, destination.slice_mut::<T>()?);
-            match kind {
-                Product::Forward => {
-                    let bias = bias.as_ref().map(Source::slice::<T>).transpose()?;
-                    halfbyte::matmul_4bit(input, n, &operand, bias, output)?;
-                }
-                Product::GradInput => {
-                    halfbyte::matmul_4bit_grad_input(input, n, &operand, output)?;
-                }
-            }
-            Ok(())
-        })?;
-        destination.finish()?;
-        Ok(fresh)
-    })
-}
-
-/// As [`product`], for the callers that leave the output to it.
-fn fresh_product(
-    kind: Product,
-    a: &Tensor,
-    weight: &Readable<'_>,
-    shape: &Ints,
-    bias: Option<&Tensor>,
-) -> Result<Tensor> {
-    product(kind, a, weight, shape, bias, None)?
-        .ok_or_else(|| Error::Torch("the product was not returned".into()))
-}
-
-fn gemv(a: &Tensor, weight: GemvWeight, out: Option<&Tensor>) -> Result<Option<Tensor>> {
-    let GemvWeight { packed, shape, absmax, code, blocksize } = weight;
-    // The table is given, so no type is named.
-    let state = State { code: Some(code), ..State::PLAIN };
-    let weight = read_weight(&packed, &absmax, blocksize, None, &state)?;
-    product(Product::Forward, a, &weight, &shape, None, out)
-}
-
-fn gemv_4bit(a: Tensor, weight: GemvWeight) -> Result<Tensor> {
-    gemv(&a, weight, None)?.ok_or_else(|| Error::Torch("the product was not returned".into()))
-}
-
-fn gemv_4bit_out(a: Tensor, weight: GemvWeight, out: Tensor) -> Result<()> {
-    gemv(&a, weight, Some(&out)).map(drop)
-}
-
-fn gemm_4bit(
-    a: Tensor,
-    weight: GemmWeight,
-    bias: Option<Tensor>,
-    nested: GemmNested,
-) -> Result<Tensor> {
-    let GemmWeight { packed, shape, absmax, blocksize, quant_type } = weight;
-    // Upstream's convention: with double quantization `absmax` is the second level.
-    let (absmax, absmax2) = match nested.absmax_8bit {
-        None => (absmax, None),
-        Some(first) => (first, Some(absmax)),
-    };
-    let state = State { absmax2, code2: nested.code, offset: nested.offset, ..State::PLAIN };
-    let weight = read_weight(&packed, &absmax, blocksize, Some(&quant_type), &state)?;
-    fresh_product(Product::Forward, &a, &weight, &shape, bias.as_ref())
-}
-
-fn matmul_4bit(a: Tensor, weight: Weight, bias: Option<Tensor>, state: State) -> Result<Tensor> {
-    fresh_product(Product::Forward, &a, &weight.read(&state)?, &weight.shape, bias.as_ref())
-}
-
-fn matmul_4bit_out(
-    a: Tensor,
-    weight: Weight,
-    bias: Option<Tensor>,
-    state: State,
-    out: Tensor,
-) -> Result<()> {
-    let (readable, bias) = (weight.read(&state)?, bias.as_ref());
-    product(Product::Forward, &a, &readable, &weight.shape, bias, Some(&out)).map(drop)
-}
-
-fn matmul_4bit_grad_input(grad_output: Tensor, weight: Weight, state: State) -> Result<Tensor> {
-    fresh_product(Product::GradInput, &grad_output, &weight.read(&state)?, &weight.shape, None)
 }

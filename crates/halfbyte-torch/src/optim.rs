@@ -7,14 +7,15 @@
 #![allow(clippy::needless_pass_by_value)]
 
 use crate::error::{Error, Result};
-use crate::ops::use_torch_threads;
-use crate::overlap::Places;
+use crate::gpu;
+use crate::gpu::optim::{Coded, Columns};
+use crate::memory::Source;
+use crate::optim_call::{Call, finish, floats, floats_mut, next, queue_of, rounding};
 use crate::stack::{Ints, Str, group, ops};
-use crate::tensor::{Destination, Name, Scalar, Source, Tensor};
-use halfbyte::optim::{
-    BLOCK, Floats, FloatsMut, Hyper, Rounding, Rule, Tensor8, Tensor32, step_8bit, step_32bit,
-};
-use halfbyte::{Code8, bf16, f16};
+use crate::tensor::Tensor;
+use crate::threads::use_torch_threads;
+use halfbyte::Code8;
+use halfbyte::optim::{BLOCK, Hyper, Rule, Tensor8, Tensor32, step_8bit, step_32bit};
 
 ops! {
     Update32bit = c"optimizer_update_32bit" => update_32bit(
@@ -121,174 +122,6 @@ fn hyper(rates: &Rates, rest: &Rest, max_unorm: f64) -> Result<Hyper> {
     })
 }
 
-/// The tensors of a call, with what is known of them together.
-struct Call<'a> {
-    rule: Rule,
-    /// Messages say which parameter is meant.
-    many: bool,
-    params: Vec<Destination<'a>>,
-    grads: Vec<Source<'a>>,
-    places: Places<'a>,
-}
-
-impl<'a> Call<'a> {
-    /// Parameters and gradients, checked.
-    fn new(rule: Rule, many: bool, p: &'a [Tensor], g: &'a [Tensor]) -> Result<Self> {
-        const LISTS: usize = 6;
-        let mut call = Self {
-            rule,
-            many,
-            params: Vec::with_capacity(p.len()),
-            grads: Vec::with_capacity(p.len()),
-            places: Places::with_capacity(LISTS * p.len() + 2),
-        };
-        call.expect_list("g", g, p.len())?;
-        for (index, (p, g)) in p.iter().zip(g).enumerate() {
-            let (param, grad) = (p.update(call.name("p", index))?, g.read(call.name("g", index))?);
-            for (place, dtype) in [(param.place(), param.dtype()), (grad.place(), grad.dtype())] {
-                let known = [f32::scalar_type(), bf16::scalar_type(), f16::scalar_type()];
-                if !known.contains(&dtype) {
-                    return Err(Error::Value(format!(
-                        "{} must be float32, float16 or bfloat16, got {}",
-                        place.name,
-                        dtype.name()
-                    )));
-                }
-            }
-            if g.sizes()? != p.sizes()? {
-                return Err(Error::Value(format!(
-                    "{} must have the parameter's shape {:?}, got {:?}",
-                    grad.place().name,
-                    p.sizes()?,
-                    g.sizes()?
-                )));
-            }
-            call.places.written(param.place());
-            call.places.read(grad.place());
-            call.params.push(param);
-            call.grads.push(grad);
-        }
-        Ok(call)
-    }
-
-    fn name(&self, what: &'static str, index: usize) -> Name {
-        Name { what, of: self.many.then_some(index) }
-    }
-
-    fn expect_list(&self, what: &str, list: &[Tensor], expected: usize) -> Result<()> {
-        if list.len() == expected {
-            return Ok(());
-        }
-        let (rule, got) = (self.rule.name(), list.len());
-        Err(Error::Value(if self.many {
-            format!(
-                "{what} must list {expected} tensors for these parameters and {rule}, got {got}"
-            )
-        } else {
-            format!("{what} must be given for {rule}, got None")
-        }))
-    }
-
-    /// One tensor of `T` per parameter, of the length that `length` makes of the parameter's, or
-    /// none where the rule has none.
-    fn column<T: Scalar>(
-        &mut self,
-        what: &'static str,
-        list: &'a [Tensor],
-        wanted: bool,
-        length: impl Fn(usize) -> usize,
-    ) -> Result<Vec<Destination<'a>>> {
-        self.expect_list(what, list, if wanted { self.params.len() } else { 0 })?;
-        let mut column = Vec::with_capacity(list.len());
-        for (index, tensor) in list.iter().enumerate() {
-            let name = self.name(what, index);
-            let mut state = tensor.update(name)?;
-            state.slice_mut::<T>()?;
-            let expected = length(self.params[index].len());
-            if state.len() != expected {
-                return Err(Error::Value(format!(
-                    "{name} must hold {expected} elements, got {}",
-                    state.len()
-                )));
-            }
-            self.places.written(state.place());
-            column.push(state);
-        }
-        Ok(column)
-    }
-
-    /// How each parameter is rounded, with the tensors that the answer needs.
-    fn compensation(&mut self, list: &'a [Tensor], streams: usize) -> Result<Vec<Destination<'a>>> {
-        let n = self.params.len();
-        if ![0, n].contains(&streams) {
-            return Err(Error::Value(format!(
-                "streams must hold {n} integers for these parameters or none, got {streams}"
-            )));
-        }
-        if list.is_empty() {
-            return Ok(Vec::new());
-        }
-        if streams > 0 && n > 0 {
-            return Err(Error::Value(
-                "rounding is stochastic (streams) or compensated (compensation), got both".into(),
-            ));
-        }
-        let rounded = self.params.iter().find(|p| p.dtype() != bf16::scalar_type());
-        if let Some(param) = rounded {
-            return Err(Error::Type(format!(
-                "{} must be bfloat16 to be compensated, got {}",
-                param.place().name,
-                param.dtype().name()
-            )));
-        }
-        self.column::<bf16>("compensation", list, true, |n| n)
-    }
-}
-
-fn floats<'a>(source: &'a Source<'_>) -> Result<Floats<'a>> {
-    Ok(if source.dtype() == f32::scalar_type() {
-        Floats::F32(source.slice()?)
-    } else if source.dtype() == bf16::scalar_type() {
-        Floats::BF16(source.slice()?)
-    } else {
-        Floats::F16(source.slice()?)
-    })
-}
-
-fn floats_mut<'a>(destination: &'a mut Destination<'_>) -> Result<FloatsMut<'a>> {
-    Ok(if destination.dtype() == f32::scalar_type() {
-        FloatsMut::F32(destination.slice_mut()?)
-    } else if destination.dtype() == bf16::scalar_type() {
-        FloatsMut::BF16(destination.slice_mut()?)
-    } else {
-        FloatsMut::F16(destination.slice_mut()?)
-    })
-}
-
-/// The next tensor of a column, or nothing when there is no such column.
-fn next<'a, T: Scalar>(
-    column: &mut std::slice::IterMut<'a, Destination<'_>>,
-) -> Result<&'a mut [T]> {
-    column.next().map_or_else(|| Ok(Default::default()), Destination::slice_mut)
-}
-
-fn rounding<'a>(
-    rest: &mut std::slice::IterMut<'a, Destination<'_>>,
-    streams: &[i64],
-    index: usize,
-    seed: i64,
-) -> Result<Rounding<'a>> {
-    Ok(match (rest.next(), streams.get(index)) {
-        (Some(rest), _) => Rounding::Kahan(rest.slice_mut()?),
-        (None, Some(&stream)) => Rounding::Stochastic { seed: seed as u64, stream: stream as u64 },
-        (None, None) => Rounding::Nearest,
-    })
-}
-
-fn finish<const N: usize>(columns: [Vec<Destination<'_>>; N]) -> Result<()> {
-    columns.into_iter().flatten().try_for_each(Destination::finish)
-}
-
 // ---- 32-bit states -----------------------------------------------------------------------------
 
 fn step32(
@@ -308,6 +141,19 @@ fn step32(
     let mut rest = call.compensation(compensation, streams.len())?;
     let Call { mut params, grads, places, .. } = call;
     places.check()?;
+    if let Some(queue) = queue_of(&params)? {
+        let columns = Columns {
+            params: &params,
+            grads: &grads,
+            state1: &state1,
+            state2: &state2,
+            compensation: &rest,
+            streams,
+            seed,
+        };
+        gpu::optim::step_32bit(&queue, rule, hyper, &columns, &norms, param_norm)?;
+        return finish([params, state1, state2, norms, rest]);
+    }
     {
         let (mut state2, mut norms, mut rest) =
             (state2.iter_mut(), norms.iter_mut(), rest.iter_mut());
@@ -413,7 +259,6 @@ fn step8(
     let mut rest = call.compensation(compensation, streams.len())?;
 
     let qmap1 = scales.qmap1.read_as::<f32>("qmap1")?;
-    let code1 = code("qmap1", &qmap1)?;
     let qmap2 = match scales.qmap2.filter(|_| second) {
         Some(qmap2) => Some(qmap2.read_as::<f32>("qmap2")?),
         None if second => {
@@ -424,12 +269,29 @@ fn step8(
         }
         None => None,
     };
-    let code2 = qmap2.as_ref().map(|qmap2| code("qmap2", qmap2)).transpose()?;
     call.places.read(qmap1.place());
     if let Some(qmap2) = &qmap2 {
         call.places.read(qmap2.place());
     }
     let Call { mut params, grads, places, .. } = call;
+    if let Some(queue) = queue_of(&params)? {
+        places.check()?;
+        let columns = Columns {
+            params: &params,
+            grads: &grads,
+            state1: &state1,
+            state2: &state2,
+            compensation: &rest,
+            streams,
+            seed,
+        };
+        let (qmap1, qmap2) = (&qmap1, qmap2.as_ref());
+        let coded = Coded { absmax1: &absmax1, absmax2: &absmax2, qmap1, qmap2 };
+        gpu::optim::step_8bit(&queue, rule, hyper, &columns, &coded)?;
+        return finish([params, state1, state2, absmax1, absmax2, rest]);
+    }
+    let code1 = code("qmap1", &qmap1)?;
+    let code2 = qmap2.as_ref().map(|qmap2| code("qmap2", qmap2)).transpose()?;
     places.check()?;
     {
         let (mut absmax1, mut state2, mut absmax2, mut rest) =
@@ -442,7 +304,7 @@ fn step8(
                 if coded { (&mut [], state1.slice_mut()?) } else { (state1.slice_mut()?, &mut []) };
             work.push(Tensor8 {
                 param: floats_mut(param)?,
-                grad: self::floats(grad)?,
+                grad: crate::optim_call::floats(grad)?,
                 floats,
                 state1,
                 absmax1: next(&mut absmax1)?,

@@ -1,11 +1,12 @@
 //! The functions that `halfbyte._native` exports. Described for Python in `_native.pyi`.
 
-use crate::{error, experts, int8, ops, optim, shim};
+use crate::device::Device;
+use crate::{error, experts, gpu, int8, int8_products, ops, optim, products, shim, weight};
 use halfbyte::{Code4, code};
 use pyo3::exceptions::{PyImportError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use std::collections::BTreeSet;
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
@@ -36,7 +37,8 @@ pub(crate) fn is_registered(namespace: &str) -> bool {
     REGISTERED.lock().unwrap_or_else(PoisonError::into_inner).contains(namespace)
 }
 
-/// Registers the CPU kernels of every op under `namespace`, once.
+/// Registers the kernels of every op under `namespace`, once: for the CPU, for CUDA (as which torch
+/// knows ROCm too) and for XPU. No library of a GPU is loaded for that.
 #[pyfunction]
 pub(crate) fn register(namespace: &str) -> PyResult<()> {
     let mut registered = REGISTERED.lock().unwrap_or_else(PoisonError::into_inner);
@@ -44,26 +46,37 @@ pub(crate) fn register(namespace: &str) -> PyResult<()> {
         return Ok(());
     }
     let name = CString::new(namespace).map_err(value)?;
+    // One kernel serves every device: it looks where its first tensor is. Layers of experts are
+    // composed of the others on GPUs (`_ops_experts.py`).
+    let everywhere = [ops::OPS, products::OPS, int8::OPS, int8_products::OPS, optim::OPS];
+    register_for(&name, c"CPU", &everywhere)?;
+    register_for(&name, c"CPU", &[experts::OPS])?;
+    register_for(&name, c"CUDA", &everywhere)?;
+    register_for(&name, c"XPU", &everywhere)?;
+    registered.insert(namespace.to_owned());
+    Ok(())
+}
+
+fn register_for(namespace: &CStr, key: &CStr, tables: &[&[(&CStr, shim::Boxed)]]) -> PyResult<()> {
     let s = shim::shim();
     let mut library = std::ptr::null_mut();
     // SAFETY: the strings are NUL-terminated and copied by libtorch. `library` is never freed:
     // the kernels stay registered as long as the process lives.
     unsafe {
-        let (key, file) = (c"CPU".as_ptr(), c"halfbyte-torch".as_ptr());
+        let (name, file) = (namespace.as_ptr(), c"halfbyte-torch".as_ptr());
         shim::check((s.aoti_torch_library_init_impl)(
-            name.as_ptr(),
-            key,
+            name,
+            key.as_ptr(),
             file,
             0,
             &raw mut library,
         ))
         .map_err(runtime)?;
-        for (op, kernel) in [ops::OPS, int8::OPS, experts::OPS, optim::OPS].into_iter().flatten() {
+        for (op, kernel) in tables.iter().copied().flatten() {
             shim::check((s.torch_library_impl)(library, op.as_ptr(), *kernel, shim::ABI_VERSION))
                 .map_err(runtime)?;
         }
     }
-    registered.insert(namespace.to_owned());
     Ok(())
 }
 
@@ -155,11 +168,84 @@ fn map(values: halfbyte::Result<[f32; 256]>) -> PyResult<Vec<f32>> {
 /// Refuses what no block size is.
 #[pyfunction]
 pub(crate) fn check_blocksize(blocksize: i64) -> PyResult<()> {
-    ops::block_size(blocksize).map(drop).map_err(value)
+    weight::block_size(blocksize).map(drop).map_err(value)
 }
 
 /// Refuses what no 4-bit type is called.
 #[pyfunction]
 pub(crate) fn check_quant_type(quant_type: &str) -> PyResult<()> {
     quant_type.parse::<Code4>().map(drop).map_err(value)
+}
+
+// ---- GPUs --------------------------------------------------------------------------------------
+
+/// Why this thread's last call of a C symbol failed, once; `None` when it did not.
+#[pyfunction]
+pub(crate) fn take_symbol_error() -> Option<String> {
+    gpu::take_symbol_error()
+}
+
+/// A `DLPack` capsule of a uint8 vector of `bytes` zeros in memory that the host and the GPU `index`
+/// of `kind` (`"cuda"` or `"xpu"`) share by page.
+#[pyfunction]
+pub(crate) fn managed_zeros(
+    py: Python<'_>,
+    bytes: usize,
+    kind: &str,
+    index: i32,
+) -> PyResult<Py<PyAny>> {
+    gpu::managed::managed_zeros(py, bytes, gpu_device(kind, index)?).map_err(runtime)
+}
+
+/// Whether the memory at an address came from [`managed_zeros`].
+#[pyfunction]
+pub(crate) fn is_managed(address: u64) -> bool {
+    gpu::managed::is_managed(address)
+}
+
+/// Asks for the pages at an address of [`managed_zeros`] to be moved, in the order of the current
+/// stream of that GPU.
+#[pyfunction]
+pub(crate) fn prefetch_managed(
+    address: u64,
+    kind: &str,
+    index: i32,
+    to_host: bool,
+) -> PyResult<()> {
+    gpu::managed::prefetch(address, gpu_device(kind, index)?, to_host).map_err(runtime)
+}
+
+/// Why the device of that number of `"cuda"`, `"rocm"` or `"xpu"` cannot be used; `None` when it can.
+/// Opens the driver.
+#[pyfunction]
+pub(crate) fn gpu_error(runtime: &str, index: usize) -> PyResult<Option<String>> {
+    let device = match runtime {
+        "cuda" => halfbyte_gpu::cuda_device(index),
+        "rocm" => halfbyte_gpu::rocm_device(index),
+        "xpu" => halfbyte_gpu::xpu_device(index),
+        _ => {
+            let message = format!("runtime must be cuda, rocm or xpu, got {runtime}");
+            return Err(PyValueError::new_err(message));
+        }
+    };
+    Ok(device.err().map(|error| error.to_string()))
+}
+
+/// What was looked for, found and refused, in the order in which back ends are considered: name,
+/// whether it can be used, and a few lines of text for each. Opens every driver.
+#[pyfunction]
+pub(crate) fn gpu_report() -> Vec<(&'static str, bool, String)> {
+    let reports = halfbyte_gpu::report();
+    reports.iter().map(|r| (r.backend.name(), r.is_usable(), r.to_string())).collect()
+}
+
+/// A folder to look for NVRTC in, beside the usual ones. Nothing is opened now.
+#[pyfunction]
+pub(crate) fn add_library_folder(folder: PathBuf) {
+    halfbyte_gpu::add_library_folder(folder);
+}
+
+fn gpu_device(kind: &str, index: i32) -> PyResult<Device> {
+    Device::gpu(kind, index)
+        .ok_or_else(|| PyValueError::new_err(format!("device must be cuda or xpu, got {kind}")))
 }

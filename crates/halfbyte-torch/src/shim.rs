@@ -30,6 +30,7 @@ macro_rules! shim {
         optional { $(fn $opt:ident($($opt_arg:ty),*) -> $opt_ret:ty;)* }
     ) => {
         /// Every function of the shim that this crate calls.
+        #[allow(non_snake_case)] // torch's names
         pub(crate) struct Shim {
             $(pub(crate) $name: unsafe extern "C" fn($($arg),*) -> $ret,)*
             $(pub(crate) $opt: Option<unsafe extern "C" fn($($opt_arg),*) -> $opt_ret>,)*
@@ -75,7 +76,13 @@ shim! {
         fn aoti_torch_get_storage_size(Handle, *mut i64) -> Status;
         fn aoti_torch_get_dtype(Handle, *mut i32) -> Status;
         fn aoti_torch_get_device_type(Handle, *mut i32) -> Status;
+        fn aoti_torch_get_device_index(Handle, *mut i32) -> Status;
         fn aoti_torch_device_type_cpu() -> i32;
+        fn aoti_torch_device_type_cuda() -> i32;
+        fn aoti_torch_device_type_xpu() -> i32;
+        fn aoti_torch_device_type_meta() -> i32;
+        fn aoti_torch_zero_(Handle) -> Status;
+        fn aoti_torch__reinterpret_tensor(Handle, i64, *const i64, *const i64, i64, *mut Handle) -> Status;
         fn aoti_torch_copy_(Handle, Handle, i32) -> Status;
         fn aoti_torch_grad_mode_is_enabled() -> bool;
         fn aoti_torch_grad_mode_set_enabled(bool) -> ();
@@ -101,6 +108,7 @@ shim! {
     }
     optional {
         fn torch_get_num_threads(*mut u32) -> Status;
+        fn aoti_torch_get_current_device_index(*mut i32) -> Status;
         fn torch_parallel_for(i64, i64, i64, ForRange, *mut c_void) -> Status;
         fn torch_new_stable_ivalue(*mut *mut Value) -> Status; // 2.13
         fn torch_delete_stable_ivalue(*mut Value) -> Status; // 2.13
@@ -149,23 +157,45 @@ pub(crate) fn bind(version: &str, directory: &Path) -> Result<(), String> {
 }
 
 /// A handle on the `libtorch_cpu` that is already in the process; never loads a second one.
-#[cfg(unix)]
 fn open(directory: &Path) -> Option<Library> {
-    use libloading::os::unix;
-    const NAME: &str =
-        if cfg!(target_os = "macos") { "libtorch_cpu.dylib" } else { "libtorch_cpu.so" };
-    let flags = unix::RTLD_NOW | libc::RTLD_NOLOAD;
     // By soname first; a loader that only knows the path (macOS) gets that.
-    [Path::new(NAME), &directory.join(NAME)]
-        .into_iter()
-        // SAFETY: the library is loaded already, so no initializer runs.
-        .find_map(|path| unsafe { unix::Library::open(Some(path), flags) }.ok())
-        .map(Library::from)
+    let name = file_name("torch_cpu");
+    [Path::new(&name), &directory.join(&name)].into_iter().find_map(opened)
+}
+
+/// A function of another library of torch, if that is in the process. It is never unloaded.
+///
+/// # Safety
+/// `T` is the function pointer type of the symbol `name`.
+pub(crate) unsafe fn find<T: Copy>(library: &str, name: &'static str) -> Option<T> {
+    let library = opened(Path::new(&file_name(library)))?;
+    // SAFETY: by the caller's contract.
+    let function = unsafe { symbol(&library, name) }.ok();
+    std::mem::forget(library);
+    function
+}
+
+fn file_name(library: &str) -> String {
+    if cfg!(windows) {
+        format!("{library}.dll")
+    } else if cfg!(target_os = "macos") {
+        format!("lib{library}.dylib")
+    } else {
+        format!("lib{library}.so")
+    }
+}
+
+#[cfg(unix)]
+fn opened(path: &Path) -> Option<Library> {
+    use libloading::os::unix;
+    let flags = unix::RTLD_NOW | libc::RTLD_NOLOAD;
+    // SAFETY: the library is loaded already, so no initializer runs.
+    unsafe { unix::Library::open(Some(path), flags) }.ok().map(Library::from)
 }
 
 #[cfg(windows)]
-fn open(_directory: &Path) -> Option<Library> {
-    libloading::os::windows::Library::open_already_loaded("torch_cpu.dll").ok().map(Library::from)
+fn opened(path: &Path) -> Option<Library> {
+    libloading::os::windows::Library::open_already_loaded(path).ok().map(Library::from)
 }
 
 /// Turns a status into a `Result`, with libtorch's own words where it can tell them (2.13+).

@@ -3,9 +3,10 @@
 //! A kernel owns its inputs. They are all popped before it runs, each into a value that frees
 //! itself, so that no early return can leak one.
 
+use crate::dtype::ScalarType;
 use crate::error::{self, Error, Result};
 use crate::shim::{Boxed, Handle, Value, check, shim};
-use crate::tensor::{ScalarType, Tensor};
+use crate::tensor::Tensor;
 use std::ffi::CStr;
 use std::marker::PhantomData;
 use std::panic::{AssertUnwindSafe, catch_unwind};

@@ -1,129 +1,12 @@
-//! Tensors as kernels see them: an owning handle, and checked slices of its memory.
+//! Tensors: an owning handle, and what must hold before a kernel reads or writes the memory.
 
+use crate::device::Device;
+use crate::dtype::{Scalar, ScalarType};
 use crate::error::{Error, Result};
+use crate::memory::{Destination, Source};
 use crate::overlap::Place;
 use crate::shim::{Handle, Value, check, shim};
-use halfbyte::{bf16, f16};
 use std::ffi::c_void;
-use std::sync::OnceLock;
-
-/// `at::ScalarType` by the number that this libtorch gives it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct ScalarType(pub(crate) i32);
-
-/// The element types this crate knows by name.
-struct Known {
-    code: ScalarType,
-    name: &'static str,
-    size: usize,
-}
-
-fn known() -> &'static [Known] {
-    static KNOWN: OnceLock<Vec<Known>> = OnceLock::new();
-    KNOWN.get_or_init(|| {
-        let s = shim();
-        // SAFETY: these functions take nothing and return a constant.
-        let codes = unsafe {
-            [
-                ((s.aoti_torch_dtype_float32)(), "float32", 4),
-                ((s.aoti_torch_dtype_uint8)(), "uint8", 1),
-                ((s.aoti_torch_dtype_bfloat16)(), "bfloat16", 2),
-                ((s.aoti_torch_dtype_float16)(), "float16", 2),
-                ((s.aoti_torch_dtype_float64)(), "float64", 8),
-                ((s.aoti_torch_dtype_int8)(), "int8", 1),
-                ((s.aoti_torch_dtype_int16)(), "int16", 2),
-                ((s.aoti_torch_dtype_int32)(), "int32", 4),
-                ((s.aoti_torch_dtype_int64)(), "int64", 8),
-                ((s.aoti_torch_dtype_bool)(), "bool", 1),
-            ]
-        };
-        codes
-            .into_iter()
-            .map(|(code, name, size)| Known { code: ScalarType(code), name, size })
-            .collect()
-    })
-}
-
-impl ScalarType {
-    /// True for float32, float16, bfloat16 and float64.
-    pub(crate) fn is_float(self) -> bool {
-        known().iter().any(|k| k.code == self && k.name.contains("float"))
-    }
-
-    /// Bytes per element, for the types that can hold packed codes.
-    pub(crate) fn size(self) -> Option<usize> {
-        known().iter().find(|k| k.code == self).map(|k| k.size)
-    }
-
-    /// As `PyTorch` prints it, without the `torch.` prefix.
-    pub(crate) fn name(self) -> String {
-        known()
-            .iter()
-            .find(|k| k.code == self)
-            .map_or_else(|| foreign_name(self.0), |k| k.name.to_owned())
-    }
-}
-
-/// What `PyTorch` calls a dtype that no op here takes; its numbers are part of its file format.
-fn foreign_name(number: i32) -> String {
-    let name = match number {
-        8 => "complex32",
-        9 => "complex64",
-        10 => "complex128",
-        12 => "qint8",
-        13 => "quint8",
-        14 => "qint32",
-        23 => "float8_e5m2",
-        24 => "float8_e4m3fn",
-        25 => "float8_e5m2fnuz",
-        26 => "float8_e4m3fnuz",
-        27 => "uint16",
-        28 => "uint32",
-        29 => "uint64",
-        44 => "float8_e8m0fnu",
-        45 => "float4_e2m1fn_x2",
-        _ => return format!("dtype number {number}"),
-    };
-    name.to_owned()
-}
-
-/// Rust types that tensors hold.
-pub(crate) trait Scalar: Copy + 'static {
-    fn scalar_type() -> ScalarType;
-}
-
-macro_rules! scalar {
-    ($($t:ty => $index:literal),*) => { $(impl Scalar for $t {
-        #[inline]
-        fn scalar_type() -> ScalarType {
-            known()[$index].code
-        }
-    })* };
-}
-scalar!(f32 => 0, u8 => 1, bf16 => 2, f16 => 3, i8 => 5, i32 => 7, i64 => 8);
-
-/// Runs `$body` with `$t` bound to the Rust type of a float32, float16 or bfloat16 `$dtype`.
-macro_rules! with_float {
-    ($dtype:expr, $what:literal, $t:ident => $body:expr) => {{
-        let dtype: $crate::tensor::ScalarType = $dtype;
-        if dtype == <f32 as $crate::tensor::Scalar>::scalar_type() {
-            type $t = f32;
-            $body
-        } else if dtype == <halfbyte::bf16 as $crate::tensor::Scalar>::scalar_type() {
-            type $t = halfbyte::bf16;
-            $body
-        } else if dtype == <halfbyte::f16 as $crate::tensor::Scalar>::scalar_type() {
-            type $t = halfbyte::f16;
-            $body
-        } else {
-            Err($crate::error::Error::Value(format!(
-                concat!($what, " must be float32, float16 or bfloat16, got {}"),
-                dtype.name()
-            )))
-        }
-    }};
-}
-pub(crate) use with_float;
 
 /// What messages call a tensor.
 #[derive(Clone, Copy, Debug)]
@@ -172,8 +55,8 @@ impl Tensor {
         std::mem::ManuallyDrop::new(self).0 as usize as Value
     }
 
-    /// A fresh contiguous CPU tensor.
-    pub(crate) fn empty(sizes: &[i64], dtype: ScalarType) -> Result<Self> {
+    /// A fresh contiguous tensor, from torch's allocator for the device.
+    pub(crate) fn empty(sizes: &[i64], dtype: ScalarType, device: Device) -> Result<Self> {
         const INLINE: usize = 8;
         let mut few = [0i64; INLINE];
         let mut many = Vec::new();
@@ -197,13 +80,15 @@ impl Tensor {
                 sizes.as_ptr(),
                 strides.as_ptr(),
                 dtype.0,
-                (s.aoti_torch_device_type_cpu)(),
-                0,
+                device.kind,
+                device.index,
                 &raw mut handle,
             )
         })?;
         let tensor = Self(handle);
-        tensor.prefer_huge_pages(dtype)?;
+        if device.is_cpu() {
+            tensor.prefer_huge_pages(dtype)?;
+        }
         Ok(tensor)
     }
 
@@ -214,13 +99,6 @@ impl Tensor {
         check(unsafe { (shim().torch_get_mutable_data_ptr)(self.0, &raw mut data) })?;
         prefer_huge_pages(data as usize, bytes);
         Ok(())
-    }
-
-    /// A fresh 0-dimensional float32 tensor.
-    pub(crate) fn scalar(value: f32) -> Result<Self> {
-        let tensor = Self::empty(&[], f32::scalar_type())?;
-        tensor.write("scalar")?.slice_mut::<f32>()?[0] = value;
-        Ok(tensor)
     }
 
     pub(crate) fn dim(&self) -> Result<usize> {
@@ -262,8 +140,45 @@ impl Tensor {
         Ok(ScalarType(dtype))
     }
 
+    pub(crate) fn device(&self) -> Result<Device> {
+        let s = shim();
+        let mut device = Device { kind: 0, index: 0 };
+        // SAFETY: the handle is valid.
+        unsafe {
+            check((s.aoti_torch_get_device_type)(self.0, &raw mut device.kind))?;
+            if !device.is_cpu() {
+                check((s.aoti_torch_get_device_index)(self.0, &raw mut device.index))?;
+            }
+        }
+        Ok(device)
+    }
+
+    /// A view of the first `n` elements of a contiguous vector.
+    pub(crate) fn first(&self, n: i64) -> Result<Self> {
+        let one = 1;
+        let mut view = std::ptr::null_mut();
+        // SAFETY: the handle is valid; the arrays hold one entry each.
+        check(unsafe {
+            (shim().aoti_torch__reinterpret_tensor)(
+                self.0,
+                1,
+                &raw const n,
+                &raw const one,
+                0,
+                &raw mut view,
+            )
+        })?;
+        Ok(Self(view))
+    }
+
+    /// Sets every element to 0.
+    pub(crate) fn zero(&self) -> Result<()> {
+        // SAFETY: the handle is valid.
+        check(unsafe { (shim().aoti_torch_zero_)(self.0) })
+    }
+
     /// Copies the values; autograd does not see it.
-    fn copy_from(&self, source: &Self) -> Result<()> {
+    pub(crate) fn copy_from(&self, source: &Self) -> Result<()> {
         let s = shim();
         // SAFETY: both handles are valid; the mode is this thread's, and is put back.
         unsafe {
@@ -279,19 +194,19 @@ impl Tensor {
         }
     }
 
-    /// Checks that the memory the tensor claims is really there: on the CPU, and inside its
-    /// storage (FSDP shrinks storages under live tensors). Says if it is contiguous.
+    /// Checks that the memory the tensor claims is really there: on a device that has kernels, and
+    /// inside its storage (FSDP shrinks storages under live tensors). Says if it is contiguous.
     fn inspect(&self, what: Name) -> Result<Inspection> {
         let s = shim();
-        let (mut device, mut offset, mut storage) = (0, 0, 0);
+        let device = self.device()?;
+        if !device.is_served() {
+            return Err(Error::Value(format!(
+                "{what} must be on the CPU, a CUDA or an XPU device, got {device}"
+            )));
+        }
+        let (mut offset, mut storage) = (0, 0);
         // SAFETY: the handle is valid.
         unsafe {
-            check((s.aoti_torch_get_device_type)(self.0, &raw mut device))?;
-            if device != (s.aoti_torch_device_type_cpu)() {
-                return Err(Error::Value(format!(
-                    "{what} must be on the CPU like the other tensors"
-                )));
-            }
             check((s.aoti_torch_get_storage_offset)(self.0, &raw mut offset))?;
             check((s.aoti_torch_get_storage_size)(self.0, &raw mut storage))?;
         }
@@ -319,7 +234,8 @@ impl Tensor {
             }
         }
         let reach = if numel == 0 { 0 } else { (last as usize + 1) * item };
-        Ok(Inspection { contiguous, distinct, numel, bytes: numel * item, item, reach, dtype })
+        let bytes = numel * item;
+        Ok(Inspection { device, dtype, contiguous, distinct, numel, bytes, item, reach })
     }
 
     /// The elements for reading: in place when contiguous, else a contiguous copy.
@@ -331,22 +247,34 @@ impl Tensor {
         if inspection.contiguous && (data as usize).is_multiple_of(inspection.item) {
             return Ok(Source { place, data, inspection, _copy: None });
         }
-        self.copied(place, inspection.dtype)
+        self.copied(place, inspection.dtype, inspection.device)
     }
 
     /// The elements as `T`, converted when the tensor has another dtype.
     pub(crate) fn read_as<T: Scalar>(&self, what: impl Into<Name>) -> Result<Source<'_>> {
+        self.read_to(what, T::scalar_type())
+    }
+
+    /// As [`read_as`](Self::read_as), where the dtype is known at run time only.
+    pub(crate) fn read_to(&self, what: impl Into<Name>, dtype: ScalarType) -> Result<Source<'_>> {
         let what = what.into();
-        if self.dtype()? == T::scalar_type() {
+        if self.dtype()? == dtype {
             return self.read(what);
         }
         let inspection = self.inspect(what)?;
         let place = inspection.place(what, self, self.const_data(&inspection)?);
-        self.copied(place, T::scalar_type())
+        self.copied(place, dtype, inspection.device)
     }
 
-    fn copied<'a>(&self, place: Place<'a>, dtype: ScalarType) -> Result<Source<'a>> {
-        let copy = Self::empty(self.sizes()?, dtype)?;
+    /// On a GPU the copy is made on the current stream, where the kernel comes after it; its memory
+    /// goes back to torch's allocator, which gives it to later work of the same stream only.
+    fn copied<'a>(
+        &self,
+        place: Place<'a>,
+        dtype: ScalarType,
+        device: Device,
+    ) -> Result<Source<'a>> {
+        let copy = Self::empty(self.sizes()?, dtype, device)?;
         copy.copy_from(self)?;
         let inspection = copy.inspect(place.name)?;
         let data = copy.const_data(&inspection)?;
@@ -377,7 +305,7 @@ impl Tensor {
         if inspection.contiguous && (data as usize).is_multiple_of(inspection.item) {
             return Ok(Destination { place, data, inspection, copy: None });
         }
-        let copy = Self::empty(self.sizes()?, inspection.dtype)?;
+        let copy = Self::empty(self.sizes()?, inspection.dtype, inspection.device)?;
         let inspection = copy.inspect(what)?;
         let data = copy.mutable_data(&inspection)?;
         Ok(Destination { place, data, inspection, copy: Some(copy) })
@@ -412,13 +340,14 @@ unsafe fn borrowed<'a, T>(data: *const T, len: usize) -> &'a [T] {
 
 /// What [`Tensor::inspect`] has established.
 #[derive(Debug)]
-struct Inspection {
-    dtype: ScalarType,
+pub(crate) struct Inspection {
+    pub(crate) device: Device,
+    pub(crate) dtype: ScalarType,
     contiguous: bool,
     /// No two elements lie in one place because of a stride of 0.
     distinct: bool,
-    numel: usize,
-    bytes: usize,
+    pub(crate) numel: usize,
+    pub(crate) bytes: usize,
     item: usize,
     /// Bytes from the first element to the end of the last one in memory.
     reach: usize,
@@ -440,117 +369,6 @@ impl Inspection {
         }
         Ok(data)
     }
-}
-
-/// Checked, contiguous, aligned memory for reading.
-#[derive(Debug)]
-pub(crate) struct Source<'a> {
-    /// Where the tensor lies, whether or not it was copied.
-    place: Place<'a>,
-    data: *const c_void,
-    inspection: Inspection,
-    _copy: Option<Tensor>,
-}
-
-impl<'a> Source<'a> {
-    pub(crate) fn place(&self) -> Place<'a> {
-        self.place
-    }
-
-    pub(crate) fn len(&self) -> usize {
-        self.inspection.numel
-    }
-
-    pub(crate) fn dtype(&self) -> ScalarType {
-        self.inspection.dtype
-    }
-
-    /// The raw bytes, whatever the dtype.
-    pub(crate) fn bytes(&self) -> &[u8] {
-        // SAFETY: `inspect` checked that the tensor owns this many bytes.
-        unsafe { std::slice::from_raw_parts(self.data.cast(), self.inspection.bytes) }
-    }
-
-    /// # Errors
-    /// [`Error::Type`] when the tensor holds another dtype.
-    pub(crate) fn slice<T: Scalar>(&self) -> Result<&[T]> {
-        expect_dtype::<T>(self.place.name, self.inspection.dtype)?;
-        // SAFETY: the dtype is T's, the length was checked by `inspect`, the alignment by `read`.
-        Ok(unsafe { std::slice::from_raw_parts(self.data.cast(), self.inspection.numel) })
-    }
-}
-
-/// Checked, contiguous, aligned memory for writing.
-#[derive(Debug)]
-pub(crate) struct Destination<'a> {
-    /// Where the tensor lies, whether or not it was copied.
-    place: Place<'a>,
-    data: *mut c_void,
-    inspection: Inspection,
-    copy: Option<Tensor>,
-}
-
-impl<'a> Destination<'a> {
-    pub(crate) fn place(&self) -> Place<'a> {
-        self.place
-    }
-
-    pub(crate) fn len(&self) -> usize {
-        self.inspection.numel
-    }
-
-    pub(crate) fn dtype(&self) -> ScalarType {
-        self.inspection.dtype
-    }
-
-    /// The raw bytes, whatever the dtype.
-    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
-        // SAFETY: `inspect` checked that the tensor owns this many bytes. Torch hands memory out
-        // through an opaque call, so it counts as initialized.
-        unsafe { std::slice::from_raw_parts_mut(self.data.cast(), self.inspection.bytes) }
-    }
-
-    /// # Errors
-    /// [`Error::Type`] when the tensor holds another dtype.
-    pub(crate) fn slice_mut<T: Scalar>(&mut self) -> Result<&mut [T]> {
-        expect_dtype::<T>(self.place.name, self.inspection.dtype)?;
-        // SAFETY: the dtype is T's, the length was checked by `inspect`, the alignment by
-        // `write`; memory from torch counts as initialized (see `bytes_mut`).
-        Ok(unsafe { std::slice::from_raw_parts_mut(self.data.cast(), self.inspection.numel) })
-    }
-
-    /// Refuses to write over memory that is being read.
-    pub(crate) fn apart_from(&self, source: &Source<'_>) -> Result<()> {
-        self.apart(source.place.name, source.data as usize, source.inspection.bytes)
-    }
-
-    /// Refuses to write the same memory twice.
-    pub(crate) fn apart_from_output(&self, other: &Self) -> Result<()> {
-        self.apart(other.place.name, other.data as usize, other.inspection.bytes)
-    }
-
-    fn apart(&self, what: Name, data: usize, bytes: usize) -> Result<()> {
-        let own = self.data as usize;
-        if own < data + bytes && data < own + self.inspection.bytes {
-            return Err(Error::Value(format!("{} must not overlap {what}", self.place.name)));
-        }
-        Ok(())
-    }
-
-    /// Copies the result to where it belongs, if it was written elsewhere.
-    pub(crate) fn finish(self) -> Result<()> {
-        match &self.copy {
-            Some(copy) => self.place.tensor.copy_from(copy),
-            None => Ok(()),
-        }
-    }
-}
-
-fn expect_dtype<T: Scalar>(what: Name, got: ScalarType) -> Result<()> {
-    if got == T::scalar_type() {
-        return Ok(());
-    }
-    Err(Error::Type(format!("{what} must be {}, got {}", T::scalar_type().name(), got.name())))
 }
 
 /// Asks Linux for huge pages under large memory that the allocator has just mapped anew: filling

@@ -82,7 +82,8 @@ class MatmulLtState:
     ``CB`` (int8 ``[out_features, in_features]``) and ``SCB`` (float32 ``[out_features]``) are the
     quantized weight; ``threshold`` is the magnitude from which an activation makes its column an
     outlier, 0 for none; ``idx`` (int64) has the outlier columns of the last product made with a
-    threshold (not in compiled graphs). The other fields are there for clients that set them.
+    threshold (on the CPU, and not in compiled graphs). The other fields are there for clients that
+    set them.
     """
 
     force_no_igemmlt: bool = False
@@ -252,10 +253,13 @@ def _quantized(B: Tensor, state: MatmulLtState, trained: bool = False) -> tuple[
 
 
 def _run(A: Tensor, CB: Tensor, SCB: Tensor, bias: Tensor | None, state: MatmulLtState) -> Tensor:
-    """The product below autograd. Tells ``state`` the outlier columns when there is a threshold."""
+    """The product below autograd. Tells ``state`` the outlier columns when there is a threshold.
+
+    On a GPU it does not: only the device knows how many there are, and nothing waits for it.
+    """
     threshold = float(state.threshold)
     with _below_autograd():
-        if threshold <= 0.0:
+        if threshold <= 0.0 or A.device.type != "cpu":
             return _linear(A, CB, SCB, bias, threshold)
         result, state.idx = _linear_outliers(A, CB, SCB, bias, threshold)
         return result

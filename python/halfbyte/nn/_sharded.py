@@ -63,13 +63,12 @@ class Whole4bit:
         return QuantState(
             absmax=scales[0],
             shape=known.shape,
-            code=known.code,
             blocksize=known.blocksize,
             quant_type=known.quant_type,
             dtype=known.dtype,
             offset=known.offset,
             state2=state2,
-        )
+        )._take_code(known)
 
     def on(self, device: torch.device) -> Whole4bit:
         """The same with its tables on ``device``. Off the meta device they are made anew; the
@@ -79,7 +78,9 @@ class Whole4bit:
             return self
         fresh = known.code.device.type == "meta"
         state = self.state([None] * len(self.lengths))
+        standard = fresh or known.code is known._standard
         state.code = get_4bit_type(known.quant_type, device) if fresh else known.code.to(device)
+        state._standard = state.code if standard else None
         if known.nested:
             table = create_dynamic_map() if fresh else known.state2.code
             state.state2.code = table.to(device)

@@ -984,11 +984,10 @@ class Embedding4bit(_FourBitWeight, nn.Embedding):
         rows = QuantState(
             absmax=scales.reshape(-1),
             shape=torch.Size((index.numel(), dim)),
-            code=state.code,
             blocksize=state.blocksize,
             quant_type=state.quant_type,
             dtype=state.dtype,
-        )
+        )._take_code(state)
         return dequantize_4bit(codes.reshape(-1, 1), rows).view(*index.shape, dim)
 
 

@@ -1,4 +1,5 @@
-"""Storage for optimizer states that may be larger than memory: tensors over temporary files.
+"""Storage for optimizer states on the CPU that may be larger than memory: tensors over temporary
+files. For states on GPUs see :mod:`._managed`.
 
 The files have no name from the moment they are made, so nothing is left behind whatever ends the
 process. The system writes their pages out when memory is short and reads them again when a step

@@ -41,7 +41,8 @@ class AdEMAMix(Optimizer2State):
         weight_decay: decoupled: parameters shrink by ``lr * weight_decay`` a step.
         optim_bits: 8 or 32 bits of state.
         min_8bit_size: parameters of fewer elements have 32-bit states.
-        is_paged: keep states of 100,000 elements or more in files, see :mod:`._paged`.
+        is_paged: keep states of 100,000 elements or more in paged memory, see
+            :class:`~.optimizer.Optimizer8bit`.
         rounding: of bfloat16 parameters: ``"nearest"``, ``"stochastic"``, or ``"kahan"``, which
             keeps what rounding cuts off; see :class:`~.optimizer.Optimizer8bit`.
         seed: of stochastic rounding.

@@ -23,7 +23,8 @@ class Lion(Optimizer1State):
         args: an object with ``optim_bits``, ``min_8bit_size``, ``max_unorm`` and ``skip_zeros``, in
             place of these arguments.
         min_8bit_size: parameters of fewer elements have 32-bit states.
-        is_paged: keep states of 100,000 elements or more in files, see :mod:`._paged`.
+        is_paged: keep states of 100,000 elements or more in paged memory, see
+            :class:`~.optimizer.Optimizer8bit`.
         rounding: of bfloat16 parameters: ``"nearest"``, ``"stochastic"``, or ``"kahan"``, which
             keeps what rounding cuts off; see :class:`~.optimizer.Optimizer8bit`.
         seed: of stochastic rounding.

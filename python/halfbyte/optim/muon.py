@@ -89,7 +89,8 @@ class Muon8bit(_StateOptimizer):
         adamw_betas, adamw_eps: of AdamW.
         ns_dtype: of the matrix products: None for the parameter's, or float32, bfloat16, float16.
         min_8bit_size: parameters of fewer elements have 32-bit states.
-        is_paged: keep states of 100,000 elements or more in files, see :mod:`._paged`.
+        is_paged: keep states of 100,000 elements or more in paged memory, see
+            :class:`~.optimizer.Optimizer8bit`.
         rounding: of bfloat16 parameters: ``"nearest"``, ``"stochastic"``, or ``"kahan"``, which
             keeps what rounding cuts off; see :class:`~.optimizer.Optimizer8bit`.
         seed: of stochastic rounding.

@@ -10,7 +10,7 @@ import math
 import numbers
 import weakref
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from inspect import unwrap
 from itertools import chain
@@ -22,7 +22,7 @@ from torch import Tensor
 from .. import functional as F
 from .._load import native
 from .._ops import failure, ops, step_group
-from . import _bounds, _paged, _sharded
+from . import _bounds, _managed, _paged, _sharded
 from ._coding import BLOCKSIZE as _BLOCKSIZE
 from ._sharded import local as _local
 
@@ -32,6 +32,8 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _ROUNDINGS = ("nearest", "stochastic", "kahan")
 _HAS_UPDATE_NORM = frozenset({"adam", "lamb", "momentum", "lars", "rmsprop"})
 """Rules that ``max_unorm`` applies to."""
+_PAGED_BYTES = 512 << 20
+"""Of paged states that are asked for ahead of one call on a GPU."""
 
 
 class MockArgs:
@@ -220,6 +222,11 @@ class _Hyper(NamedTuple):
         return alpha, beta3
 
 
+def _is_backed(tensor: Tensor) -> bool:
+    """Whether a tensor is in paged memory."""
+    return _paged.is_file_backed(tensor) or _managed.is_managed(tensor)
+
+
 class _Batch:
     """The tensors of one call."""
 
@@ -235,6 +242,15 @@ class _Batch:
         self.streams: list[int] = []
         self.ratios: list[float] = []
         """By which updates are multiplied, where the norms of whole parameters say so."""
+
+    def part(self, start: int, stop: int) -> _Batch:
+        """The tensors from position ``start`` to before ``stop``."""
+        if (start, stop) == (0, len(self.params)):
+            return self
+        part = _Batch()
+        for name in ("grads", "params", "wholes", "states", "streams", "ratios"):
+            setattr(part, name, getattr(self, name)[start:stop])
+        return part
 
 
 def _coded(config: Mapping[str, Any], p: Tensor) -> bool:
@@ -305,7 +321,8 @@ class Optimizer8bit(torch.optim.Optimizer):
         params: parameters, named parameters or groups, as for ``torch.optim.Optimizer``.
         defaults: hyperparameters of groups that do not set them.
         optim_bits: 8 makes the 8-bit codes ready.
-        is_paged: keep states of 100,000 elements or more in files, see :mod:`._paged`.
+        is_paged: keep states of 100,000 elements or more in files (:mod:`._paged`), on GPUs in
+            memory that is shared with the host (:mod:`._managed`).
         rounding: how new values of bfloat16 parameters are rounded; others round to nearest.
             ``"nearest"``: updates below half a unit in the last place vanish.
             ``"stochastic"``: up or down at random, right on average.
@@ -386,6 +403,35 @@ class Optimizer8bit(torch.optim.Optimizer):
         """Makes the two 8-bit codes: ``name2qmap["dynamic"]`` and ``["udynamic"]``."""
         self.name2qmap["dynamic"] = F.create_dynamic_map(signed=True)
         self.name2qmap["udynamic"] = F.create_dynamic_map(signed=False)
+
+    def _code_on(self, name: str, device: torch.device) -> Tensor:
+        """The code ``name2qmap[name]`` on a device: one tensor for all parameters there."""
+        if name not in self.name2qmap:
+            self.fill_qmap()
+        code = self.name2qmap[name]
+        if code.device == device:
+            return code
+        copies = self.__dict__.setdefault("_code_copies", {})
+        known, copy = copies.get((name, device), (None, None))
+        if known is not code:
+            copy = code.to(device)
+            copies[name, device] = code, copy
+        return copy
+
+    def _shared_code(self, value: Tensor, device: torch.device, others: list[Tensor]) -> Tensor:
+        """A code equal to ``value`` on a device: ours if it is one of them, else one of ``others``,
+        to which it is added. Parameters that share a code's tensor share a call."""
+        if not self.name2qmap:
+            self.fill_qmap()
+        host = value.detach().cpu()
+        for name, known in self.name2qmap.items():
+            if torch.equal(known.cpu(), host):
+                return self._code_on(name, device)
+        for known in others:
+            if known.device == device and torch.equal(known.cpu(), host):
+                return known
+        others.append(value.detach().to(device, copy=True))
+        return others[-1]
 
     # ---- settings --------------------------------------------------------------------------------
 
@@ -522,7 +568,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         raise NotImplementedError(f"{type(self).__name__} must define update_step")
 
     def get_state_buffer(self, p: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Zeros of the shape of ``p``, in a file if the optimizer is paged and ``p`` is large."""
+        """Zeros of the shape of ``p``; paged if the optimizer is and ``p`` is large."""
         return self._zeros(p, tuple(p.shape), dtype)
 
     def _get_state_double_buffer(self, p: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -540,6 +586,11 @@ class Optimizer8bit(torch.optim.Optimizer):
         self.page_mng.paged_tensors.append(buffer)
         return buffer
 
+    def _paged_copy(self, value: Tensor, device: torch.device) -> Tensor:
+        paged = F.get_paged(*value.shape, dtype=value.dtype, device=device)
+        self.page_mng.paged_tensors.append(paged)
+        return paged.copy_(value.detach())
+
     def _pages(self, p: Tensor) -> bool:
         return self.is_paged and p.numel() >= _paged.MIN_ELEMENTS
 
@@ -555,14 +606,21 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     def to_gpu(self) -> None:
         """Moves states to where their parameters have been moved since."""
+        codes: list[Tensor] = []
         for group in self.param_groups:
             for p in group["params"]:
-                if p.device.type == "cpu" or p not in self.state:
+                if p not in self.state:
                     continue
-                state = self.state[p]
+                device, state = p.device, self.state[p]
                 for key, value in state.items():
-                    if isinstance(value, Tensor) and not getattr(value, "is_paged", False):
-                        state[key] = value.to(p.device)
+                    if not isinstance(value, Tensor) or value.device == device:
+                        continue
+                    if getattr(value, "is_paged", False):
+                        state[key] = self._paged_copy(value, device)
+                    elif key in ("qmap1", "qmap2"):
+                        state[key] = self._shared_code(value, device, codes)
+                    else:
+                        state[key] = value.to(device)
 
     # ---- checkpoints -----------------------------------------------------------------------------
 
@@ -719,17 +777,9 @@ class Optimizer8bit(torch.optim.Optimizer):
             dtype = p.dtype if value.is_floating_point() and p.is_floating_point() else value.dtype
             return value.detach().to(device, dtype, copy=True)
         if name in ("qmap1", "qmap2"):
-            if not self.name2qmap:
-                self.fill_qmap()
-            for known in (*self.name2qmap.values(), *codes):
-                if known.device == device and torch.equal(known, value.to(device)):
-                    return known
-            codes.append(value.detach().to(device, copy=True))
-            return codes[-1]
-        if name in ("state1", "state2") and device.type == "cpu" and self._pages(p):
-            paged = F.get_paged(*value.shape, dtype=value.dtype, device=device)
-            self.page_mng.paged_tensors.append(paged)
-            return paged.copy_(value.detach())
+            return self._shared_code(value, device, codes)
+        if name in ("state1", "state2") and self._pages(p):
+            return self._paged_copy(value, device)
         copy = torch.empty(value.shape, dtype=value.dtype, device=device)
         return copy.copy_(value.detach())
 
@@ -754,13 +804,11 @@ class Optimizer8bit(torch.optim.Optimizer):
             self._page_again()
 
     def _page_again(self) -> None:
-        """Copies of paged tensors are in ordinary memory: puts them into files."""
+        """Copies of paged tensors are in ordinary memory: puts them into paged memory."""
         for state in self.state.values():
             for key, value in state.items() if isinstance(state, dict) else ():
-                if getattr(value, "is_paged", False) and not _paged.is_file_backed(value):
-                    paged = F.get_paged(*value.shape, dtype=value.dtype, device=value.device)
-                    self.page_mng.paged_tensors.append(paged)
-                    state[key] = paged.copy_(value)
+                if getattr(value, "is_paged", False) and not _is_backed(value):
+                    state[key] = self._paged_copy(value, value.device)
 
 
 class _StateOptimizer(Optimizer8bit):
@@ -853,10 +901,7 @@ class _StateOptimizer(Optimizer8bit):
         return _sharded.Wanted(coded, self._stacked(), qmap)
 
     def _code(self, name: str, p: Tensor) -> Tensor:
-        if name not in self.name2qmap:
-            self.fill_qmap()
-        self.name2qmap[name] = self.name2qmap[name].to(p.device)
-        return self.name2qmap[name]
+        return self._code_on(name, p.device)
 
     def _scales(self, p: Tensor) -> dict[str, tuple[int, ...]]:
         """Shapes of the 8-bit states' scales."""
@@ -906,10 +951,10 @@ class _StateOptimizer(Optimizer8bit):
         )
 
     def _step_together(self) -> None:
-        # Paged states get no hints here. With 1 GiB of them under a limit of 750 MiB (2026-11-21),
-        # a step took 2.7 s like this, 2.8 s with MADV_SEQUENTIAL, 4.6 s with the next parameter
-        # prefetched, 3.8 s with the last one also evicted: the kernel sees that pages are read in
-        # order.
+        # Paged states of the CPU get no hints here. With 1 GiB of them under a limit of 750 MiB
+        # (2026-11-21), a step took 2.7 s like this, 2.8 s with MADV_SEQUENTIAL, 4.6 s with the next
+        # parameter prefetched, 3.8 s with the last one also evicted: the kernel sees that pages are
+        # read in order.
         batches: dict[_Hyper, dict[Hashable, _Batch]] = {}
         mng = self.mng
         by_id, by_position = mng.pid2config, mng.index2config
@@ -968,7 +1013,25 @@ class _StateOptimizer(Optimizer8bit):
             self._bound_parts(flat, self._bounded_parts())
         for hyper, kinds in batches.items():
             for batch in kinds.values():
-                self._update(hyper, batch)
+                for part in self._fetched(batch):
+                    self._update(hyper, part)
+
+    def _fetched(self, batch: _Batch) -> Iterator[_Batch]:
+        """The batch; with paged states on a GPU in parts, whose pages are fetched as they come."""
+        if not self.is_paged or batch.params[0].device.type == "cpu":
+            yield batch
+            return
+        start, nbytes = 0, 0
+        for index, state in enumerate(batch.states):
+            paged = [s for s in state.values() if getattr(s, "is_paged", False)]
+            wanted = sum(s.nbytes for s in paged)
+            if index > start and nbytes + wanted > _PAGED_BYTES:
+                yield batch.part(start, index)
+                start, nbytes = index, 0
+            nbytes += wanted
+            for tensor in paged:
+                F.prefetch_tensor(tensor)
+        yield batch.part(start, len(batch.states))
 
     def _bounded_parts(self) -> list[Tensor]:
         """The sharded parameters whose updates are bounded by a norm."""
@@ -1191,7 +1254,7 @@ class Optimizer2State(_StateOptimizer):
         min_8bit_size: parameters of fewer elements have 32-bit states.
         max_unorm: largest norm of an update as a fraction of the parameter's norm; 0 for any.
         skip_zeros: leave elements alone whose gradient is exactly zero.
-        is_paged: keep large states in files.
+        is_paged: keep large states in paged memory.
         alpha, t_alpha, t_beta3: weight of AdEMAMix's slow moment, and warm-ups in steps.
         rounding, seed: see :class:`Optimizer8bit`.
 

@@ -91,7 +91,8 @@ class AdamWScheduleFree(_StateOptimizer):
         foreach: has no effect: all parameters go into one call of a native op anyway.
         optim_bits: 8 or 32 bits for the second moment.
         min_8bit_size: parameters of fewer elements have 32-bit states.
-        is_paged: keep states of 100,000 elements or more in files, see :mod:`._paged`.
+        is_paged: keep states of 100,000 elements or more in paged memory, see
+            :class:`~.optimizer.Optimizer8bit`.
         rounding: of bfloat16 parameters: ``"nearest"``, ``"stochastic"``, or ``"kahan"``, which
             keeps what rounding cuts off; see :class:`~.optimizer.Optimizer8bit`. In :meth:`train`
             and :meth:`eval`, ``"stochastic"`` rounds to nearest.
