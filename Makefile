@@ -3,7 +3,11 @@
 #   make demo    the main job: a small LM in NF4, fine-tuned with LoRA, saved, reloaded
 #   make test    everything that passes without a GPU
 #
-# also: check · bench · curves · paged · distributed-curves · two-hosts · docs · upstream-env · check-aarch64 · miri · fuzz · clean
+# with a GPU:
+#   make test-gpu    the suites on it, compute-sanitizer where it is installed
+#   make bench-gpu   against upstream bitsandbytes
+#
+# also: check · bench · curves · paged · distributed-curves · two-hosts · docs · kernels · upstream-env · check-aarch64 · miri · fuzz · clean
 
 PYTHON  ?= python3
 VENV    := .venv
@@ -12,14 +16,22 @@ PY      := $(VENV)/bin/python
 UV      := $(VENV)/bin/uv
 STAMPS  := .stamps
 SOURCES := Cargo.toml Cargo.lock pyproject.toml \
-           $(shell find crates/halfbyte/src crates/halfbyte-torch python -type f \
+           $(shell find crates/halfbyte/src crates/halfbyte-gpu/src crates/halfbyte-gpu/kernels \
+                   crates/halfbyte-gpu/build.rs crates/halfbyte-torch python -type f \
                    -not -name '*.pyc' -not -path '*/target/*' 2>/dev/null)
+# From PyPI: the compilers of the GPU kernels in the wheel, and an OpenCL for the tests. Where a
+# platform has none of them, kernels are compiled at run time and the tests say what they left out.
+SITE      = $(CURDIR)/$(VENV)/lib/python3*/site-packages
+ZIG       = $(firstword $(wildcard $(SITE)/ziglang/zig))
+COMPILERS = NVRTC_LIB="$(firstword $(wildcard $(SITE)/nvidia/cuda_nvrtc/lib/libnvrtc.so.12))" \
+            SPIRV_CLANG="$(if $(ZIG),$(ZIG) clang)" \
+            HALFBYTE_OPENCL="$(firstword $(wildcard $(SITE)/pyopencl/.libs/libpocl*.so))"
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-rust test-python test-parity check check-aarch64 miri fuzz bench curves paged \
+.PHONY: demo test test-rust test-python test-parity test-gpu bench-gpu kernels check check-aarch64 miri fuzz bench curves paged \
         distributed-curves two-hosts docs \
         install upstream-env clean
 .DEFAULT_GOAL := test
@@ -41,7 +53,7 @@ $(STAMPS)/install: $(STAMPS)/venv $(SOURCES)
 	@command -v cargo >/dev/null || { echo "halfbyte is built with Rust: install a toolchain (rustup.rs) first"; exit 1; }
 	@echo "building halfbyte (release)"
 	@rm -rf target/wheels
-	@mkdir -p target && $(VENV)/bin/maturin build --release --out target/wheels --interpreter $(PY) \
+	@mkdir -p target && $(COMPILERS) $(VENV)/bin/maturin build --release --out target/wheels --interpreter $(PY) \
 	  >target/maturin.log 2>&1 || { cat target/maturin.log; exit 1; }
 	@$(UV) pip install --quiet --python $(PY) --reinstall --no-deps target/wheels/*.whl ./python/bitsandbytes
 	@touch $@
@@ -64,8 +76,8 @@ demo: $(STAMPS)/install
 
 test: test-rust test-python test-parity
 
-test-rust:
-	@cargo test --quiet --workspace
+test-rust: $(STAMPS)/venv
+	@$(COMPILERS) cargo test --quiet --workspace
 
 test-python: $(STAMPS)/install
 	@$(PY) -m pytest -q tests/python tests/clients tests/demo tests/distributed
@@ -75,14 +87,28 @@ SEED ?= 20261121
 test-parity: $(STAMPS)/install $(STAMPS)/upstream
 	@HALFBYTE_PARITY_SEED=$(SEED) $(PY) -m pytest -q tests/parity
 
+# Everything on a GPU: the kernels, the suites, compute-sanitizer on the kernels' tests.
+test-gpu: $(STAMPS)/install
+	@scripts/test-gpu $(PY)
+
+bench-gpu: $(STAMPS)/install $(STAMPS)/upstream
+	@$(PY) bench/gpu.py $(ARGS)
+
 check: $(STAMPS)/venv
 	@cargo fmt --all --check
-	@cargo clippy --quiet --workspace --all-targets -- -D warnings
+	@$(COMPILERS) cargo clippy --quiet --workspace --all-targets -- -D warnings
 	@$(VENV)/bin/ruff check --quiet .
 	@$(VENV)/bin/ruff format --quiet --check .
 	@$(VENV)/bin/mypy --no-error-summary
 	@scripts/check-aarch64
+	@$(PY) scripts/nvrtc-check
+	@$(PY) scripts/hip-check
 	@echo "check: clean"
+
+# After a change of a kernel: registers, stack and shared memory per architecture.
+kernels: $(STAMPS)/venv
+	@$(COMPILERS) cargo build --quiet -p halfbyte-gpu
+	@$(PY) scripts/nvrtc-check --write
 
 # Compiles and lints the NEON code, and runs its tests under qemu where that is installed.
 check-aarch64:
