@@ -31,7 +31,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-rust test-python test-parity test-gpu bench-gpu kernels check check-aarch64 miri fuzz bench curves paged \
+.PHONY: demo test test-rust test-emulated test-python test-parity test-gpu bench-gpu kernels check check-aarch64 miri fuzz bench curves paged \
         distributed-curves two-hosts docs \
         install upstream-env clean
 .DEFAULT_GOAL := test
@@ -74,10 +74,15 @@ ARGS ?=
 demo: $(STAMPS)/install
 	@$(PY) demo/demo.py $(ARGS)
 
-test: test-rust test-python test-parity
+test: test-rust test-emulated test-python test-parity
 
 test-rust: $(STAMPS)/venv
 	@$(COMPILERS) cargo test --quiet --workspace
+
+# PyTorch's CUDA tensors over host memory, the kernels in the emulator: tests/gpu/conftest.py.
+test-emulated: $(STAMPS)/install
+	@$(COMPILERS) cargo build --quiet --package halfbyte-gpu-emulator
+	@$(PY) -m pytest -q tests/gpu
 
 test-python: $(STAMPS)/install
 	@$(PY) -m pytest -q tests/python tests/clients tests/demo tests/distributed

@@ -90,10 +90,55 @@ def pytest_configure(config: pytest.Config) -> None:
     mode.__enter__()  # for the process
 
 
+# The files of tests/python whose tests compute on the device when one is asked for: those that
+# name no device. All others compute on the CPU, with any --device.
+ON_DEVICE = {
+    "test_experts_ops.py",
+    "test_functional_4bit.py",
+    "test_functional_8bit.py",
+    "test_int8_ops.py",
+    "test_ops.py",
+    "test_ops_optim.py",
+}
+
+
+def _on_device(path: Path) -> bool:
+    return _within(path, "python") and path.name in ON_DEVICE
+
+
 def _switch(config: pytest.Config, path: Path) -> None:
-    """The tests of tests/python compute on the device unless they name another."""
     if _MODE in config.stash:
-        config.stash[_MODE].active = _within(path, "python")
+        config.stash[_MODE].active = _on_device(path)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if _MODE not in config.stash:
+        return
+    reasons = NOT_ON_DEVICE | (NOT_EMULATED if STARTED in os.environ else {})
+    for item in items:
+        for part, reason in reasons.items():
+            if _on_device(item.path) and part in item.name:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+# Tests in those files that are skipped then, by a part of their names, and why.
+NOT_ON_DEVICE = {
+    "[devices]": "expects the name of the CPU",
+    "-meta]": "expects the name of the CPU",
+    "test_float64_checks_out": "expects the name of the CPU",
+    "bytes_do_not_depend_on_threads": "of the CPU's threads",
+    "test_codes_are_checked": "a device's codes are not read by the host",
+    "test_bad_input[descending code]": "a device's codes are not read by the host",
+    "test_bad_input[nan code]": "a device's codes are not read by the host",
+    "outlier_cols must hold columns of A": "a device's columns are not read by the host",
+    "0 to 95, got -1": "a device's columns are not read by the host",
+    "test_default_code_is_the_signed_dynamic_map": "of a map on the CPU",
+}
+NOT_EMULATED = {
+    "[sparse]": "holds a sparse tensor",
+    "functions_name_no_parameter": "holds a sparse tensor",
+    "inductor": "PyTorch's compiler looks for a GPU",
+}
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -13,6 +13,11 @@ use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+/// A path as a string literal of Rust.
+fn literal(path: &Path) -> String {
+    format!("{:?}", path.to_str().expect("a path that Rust source can hold"))
+}
+
 fn main() {
     let here = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("set by cargo"));
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("set by cargo"));
@@ -52,19 +57,21 @@ fn main() {
             let file = out.join(format!("{name}.spirv.z"));
             fs::write(&file, miniz_oxide::deflate::compress_to_vec(&code, 9))
                 .expect("OUT_DIR can be written to");
-            let _ = writeln!(spirv, "    ({name:?}, include_bytes!({file:?})),");
+            let _ = writeln!(spirv, "    ({name:?}, include_bytes!({})),", literal(&file));
         }
 
         let mut embedded = String::new();
         let files = cubins.iter().flat_map(|cubins| &cubins[index]);
         for ((capability, _), file) in nvrtc::ARCHITECTURES.into_iter().zip(files) {
-            let _ = writeln!(embedded, "        ({capability}, include_bytes!({file:?})),");
+            let _ =
+                writeln!(embedded, "        ({capability}, include_bytes!({})),", literal(file));
         }
         let _ = writeln!(
             table,
             "/// `kernels/{name}.cu`.\npub static {}: Source = Source::new(\n    {name:?},\n    \
-             include_str!({expanded:?}),\n    {exact},\n    {cuda_only},\n    &[\n{embedded}    ],\n);",
-            name.to_uppercase()
+             include_str!({}),\n    {exact},\n    {cuda_only},\n    &[\n{embedded}    ],\n);",
+            name.to_uppercase(),
+            literal(&expanded)
         );
     }
     let all: Vec<String> = names.iter().map(|name| format!("&{}", name.to_uppercase())).collect();

@@ -4,6 +4,9 @@ There is no grouped kernel for GPUs yet. Rows are sorted by their experts, each 
 goes to is one product with its part of the weight, and the results go back to where their rows
 were. **Each call waits for the device once**, because the host must know how many rows each expert
 has: it cannot be captured in a CUDA graph.
+
+A gradient of rows that slots share is the sum of products that were each rounded to its dtype; the
+CPU rounds once.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ._ops_base import find
+from ._ops_experts import FAKES
 
 
 def _routed(expert_ids: Tensor, experts: int) -> Iterator[tuple[int, Tensor]]:
@@ -32,10 +36,11 @@ def _routed(expert_ids: Tensor, experts: int) -> Iterator[tuple[int, Tensor]]:
     begins = torch.searchsorted(ids[order], bounds)
     *starts, smallest, largest = torch.cat([begins, ids.min()[None], ids.max()[None]]).tolist()
     if smallest < 0 or largest > experts:
-        got = smallest if smallest < 0 else largest
+        first = int(((ids < 0) | (ids > experts)).nonzero()[0])
+        token, slot = divmod(first, expert_ids.size(1))
         raise ValueError(
-            f"expert_ids must hold numbers of experts, 0 to {experts - 1}, or {experts} for none, "
-            f"got {got}"
+            f"expert_ids must lie in 0..={experts} ({experts} means no expert), got "
+            f"{int(ids[first])} for token {token}, slot {slot}"
         )
     for expert in range(experts):
         if starts[expert] < starts[expert + 1]:
@@ -91,11 +96,29 @@ class _Weight4:
         self.absmax, self.blocksize, self.quant_type = absmax.flatten(), blocksize, quant_type
         self.code, self.absmax2, self.code2, self.offset, self.blocksize2 = state
         expected = self.experts * self.padded
-        if self.bytes.numel() < expected or self.absmax.numel() != self.experts * self.blocks:
+        storage = packed.element_size()
+        if not expected <= self.bytes.numel() < expected + storage:
             raise ValueError(
-                f"packed must hold {expected} bytes and absmax {self.experts * self.blocks} scales "
-                f"for shape {list(shape)}, got {self.bytes.numel()} and {self.absmax.numel()}"
+                f"packed must hold {expected} bytes for {2 * expected} elements, "
+                f"got {self.bytes.numel()}"
             )
+        scales = self.experts * self.blocks
+        self._expect("absmax", self.absmax, scales)
+        nested = [t is not None for t in (self.absmax2, self.code2, self.offset)]
+        if any(nested) and not all(nested):
+            raise ValueError(
+                "double-quantized scales need all of absmax2, code2 and offset, or none"
+            )
+        if self.absmax2 is not None:
+            self._expect("absmax2", self.absmax2, -(-scales // self.blocksize2))
+            self._expect("code2", self.code2, 256)
+            self._expect("offset", self.offset, 1)
+
+    @staticmethod
+    def _expect(what: str, tensor: Tensor, length: int) -> None:
+        if tensor.numel() != length:
+            unit = "float32 scales" if what.startswith("absmax") else "values"
+            raise ValueError(f"{what} must hold {length} {unit}, got {tensor.numel()}")
 
     def of(self, expert: int) -> tuple[Any, ...]:
         """packed, absmax, blocksize, quant_type, shape, and the state, as the ops list them."""
@@ -195,11 +218,24 @@ def _experts_matmul_8bit_grad_input(
     return _summed(grads, shared)
 
 
+def _checked(name: str, kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The kernel behind the checks that tracing makes: of devices, dtypes and shapes."""
+
+    def checked(*arguments: Any) -> Tensor:
+        FAKES[name](*arguments)  # its result, fresh memory, is let go of at once
+        return kernel(*arguments)
+
+    return checked
+
+
 KERNELS: dict[str, Callable[..., Any]] = {
-    "experts_matmul_4bit": _experts_matmul_4bit,
-    "experts_matmul_4bit_grad_input": _experts_matmul_4bit_grad_input,
-    "experts_matmul_8bit": _experts_matmul_8bit,
-    "experts_matmul_8bit_grad_input": _experts_matmul_8bit_grad_input,
+    kernel.__name__[1:]: _checked(kernel.__name__[1:], kernel)
+    for kernel in (
+        _experts_matmul_4bit,
+        _experts_matmul_4bit_grad_input,
+        _experts_matmul_8bit,
+        _experts_matmul_8bit_grad_input,
+    )
 }
 KEYS = ("CUDA", "XPU")
 """Dispatch keys to register them under."""

@@ -209,12 +209,13 @@ def _on_cpu(name: str) -> Callable[..., Any]:
         device = _device_of(name, list(_tensors(everything)))
         if name in _WAITING:
             _wait()
-        targets = [args[i] if i < len(args) else kwargs.get(n) for i, n in zip(written, names)]
+        targets = [args[i] if i < len(args) else kwargs.get(arguments[i].name) for i in written]
         with torch.cuda.device(device), torch._C._AutoDispatchBelowAutograd():
             if not written:
                 return _functional(run, args, kwargs, device)
             if arguments[written[0]].kwarg_only:  # out=: learn the shape first
-                for out, result in zip(_tensors(targets), _shapes(run, names, args, kwargs)):
+                shapes = list(_shapes(run, names, args, kwargs))
+                for out, result in zip(_tensors(targets), shapes, strict=True):
                     if out.size() != result:
                         out.resize_(result)
             prepared, named = _prepare(args), {k: _prepare(v) for k, v in kwargs.items()}
@@ -244,7 +245,7 @@ def _functional(op: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
         memory = [alias(tensor) for tensor in _tensors(out)]
 
         def again() -> None:
-            for to, value in zip(memory, _tensors(op(*prepared, **named))):
+            for to, value in zip(memory, _tensors(op(*prepared, **named)), strict=True):
                 to.copy_(value)
 
         _record(again)

@@ -62,7 +62,7 @@ def test_in_place_and_out():
 def test_devices_do_not_mix():
     with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
         torch.ones(3, device="cuda") + torch.ones(3)
-    with pytest.raises(RuntimeError, match="cuda:0 and cuda:1|cuda:1 and cuda:0"):
+    with pytest.raises(RuntimeError, match=r"cuda:0 and cuda:1|cuda:1 and cuda:0"):
         torch.ones(3, device="cuda:1") + torch.ones(3, device="cuda:0")
     assert (torch.ones(3, device="cuda") + torch.tensor(1.0)).tolist() == [2, 2, 2]
 
@@ -86,6 +86,16 @@ def test_memory_ends_where_it_ends(cuda_python, offset):
     )
     out = cuda_python(code, check=False, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     assert out.startswith("-11\n"), out
+
+
+def test_bytes_beside_an_allocation_are_looked_at(cuda_python):
+    code = (
+        "import ctypes; x = torch.zeros(99, device='cuda'); print(x.data_ptr() % 16)\n"
+        "ctypes.c_char.from_address(x.data_ptr() + 396).value = 1; sys.stdout.flush(); del x"
+    )
+    out = cuda_python(code, check=False, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    assert out.startswith("-6\n0\n"), out
+    assert "byte 396 of an allocation of 396 bytes was written" in out
 
 
 def test_a_kernel_that_was_not_replaced_is_named(cuda_python):

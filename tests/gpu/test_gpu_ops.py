@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import comparison
@@ -93,7 +92,8 @@ def test_4_bit_codes(quant_type, blocksize, dtype, nested):
                 a, blocksize=blocksize, quant_type=quant_type, compress_statistics=nested
             )
             rest = [state.state2.absmax, state.state2.code, state.offset] if nested else []
-            states.append([packed, state.absmax, state.code, *rest, F.dequantize_4bit(packed, state)])
+            dense = F.dequantize_4bit(packed, state)
+            states.append([packed, state.absmax, state.code, *rest, dense])
         assert_alike(*states, exact=True)
 
 
@@ -249,6 +249,7 @@ def test_bad_input_is_refused_as_on_the_cpu(case):
 
 def test_tensors_of_two_devices_are_refused():
     packed, state = _weight(torch.device("cuda"))
+    message = r"must be on (the CPU|cuda:0) (like|as)|same device"
     for call in (
         lambda: matmul_4bit(torch.ones(3, 96), packed, state),
         lambda: find("dequantize_4bit")(
@@ -256,7 +257,7 @@ def test_tensors_of_two_devices_are_refused():
         ),
         lambda: find("quantize_4bit.out")(X.cuda(), 64, "nf4", packed.cpu(), state.absmax),
     ):
-        with pytest.raises((RuntimeError, ValueError), match="must be on (the CPU|cuda:0) like|same device"):
+        with pytest.raises((RuntimeError, ValueError), match=message):
             call()
 
 
@@ -269,5 +270,4 @@ def test_overlap_is_refused():
 
 
 def test_cases_cover_every_op():
-    names = {op._schema.name.partition("::")[2] for op, _, _ in CASES.values()}
-    assert names == {name.partition(".")[0] for name in itertools.chain(_ops._SCHEMAS)}
+    assert {op for op, _, _ in CASES.values()} == {find(name) for name in _ops._SCHEMAS}

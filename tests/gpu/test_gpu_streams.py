@@ -20,7 +20,9 @@ WAITING = ("int8_vectorwise_quant", "int8_double_quant", "int8_linear.outliers",
 
 def launches(lines: list[str]) -> list[dict[str, str]]:
     """The kernel launches of the emulated driver's log: name, stream and device."""
-    pattern = re.compile(r"cuLaunchKernel (?P<name>\S+) stream=(?P<stream>\S+) device=(?P<device>\d+)")
+    pattern = re.compile(
+        r"cuLaunchKernel (?P<name>\S+) stream=(?P<stream>\S+) device=(?P<device>\d+)"
+    )
     return [match.groupdict() for line in lines if (match := pattern.match(line))]
 
 
@@ -301,13 +303,17 @@ except Exception as error:
 
 
 def test_the_command_explains_the_device(cuda_python):
-    code = "import runpy, sys; sys.argv = ['halfbyte']; runpy.run_module('halfbyte', run_name='__main__')"
+    code = (
+        "import runpy, sys; sys.argv = ['halfbyte']\n"
+        "runpy.run_module('halfbyte', run_name='__main__')"
+    )
     out = cuda_python(code)
     assert re.search(r"(?i)cuda", out)
     assert torch.cuda.get_device_name(0).split()[0] in out
 
 
 # ---- what clients call by pointer ----------------------------------------------------------------
+
 
 def test_library_functions_as_unsloth_calls_them(weight):
     """`functional.lib`: pointers, sizes and a stream; argument order in clients.md."""

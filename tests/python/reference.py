@@ -5,6 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+DEVICE = torch.empty(0).device
+"""Where the tests compute; see tests/conftest.py."""
+
+
+def weight_rounding(dtype: torch.dtype) -> float:
+    """How far a product may be off for each unit of the terms' magnitudes: a GPU's tensor cores
+    take the decoded weight in the dtype of the input, the CPU takes it as float32."""
+    if DEVICE.type == "cpu":
+        return 0.0
+    return {torch.float32: 0.0, torch.float16: 2**-11, torch.bfloat16: 2**-8}[dtype]
+
+
 # fmt: off
 NF4 = torch.tensor([
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,

@@ -124,7 +124,8 @@ def close(got, want, bound):
     """Within a rounding of the dtype and the float32 sums of terms that add up to ``bound``."""
     assert got.shape == want.shape
     error = (got.double() - want).abs()
-    assert (error <= UNITS[got.dtype] * want.abs() + 4e-6 * bound).all(), error.max()
+    sums = 4e-6 + ref.weight_rounding(got.dtype)
+    assert (error <= UNITS[got.dtype] * want.abs() + sums * bound).all(), error.max()
 
 
 def routes(kind, tokens, slots, experts):

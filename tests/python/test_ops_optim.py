@@ -31,7 +31,7 @@ TWO = ("adam", "lamb", "ademamix", FREE)
 B1, B2, B3, ALPHA, EPS = 0.9, 0.99, 0.999, 2.0, 1e-6
 RATES = (B1, B2, B3, ALPHA, EPS)
 WD, LR, SCALE = 0.1, 1e-2, 0.5
-Q1, Q2 = F.create_dynamic_map(True), F.create_dynamic_map(False)
+Q1, Q2 = (F.create_dynamic_map(signed).to(ref.DEVICE) for signed in (True, False))
 SIZES = [(), (1,), (255,), (256,), (3, 257), (0,), (5, 7, 11), (4099,)]
 
 

@@ -6,9 +6,10 @@
 // fails and names the kernel. Kernels of halfbyte go through the emulated driver
 // (libcuda_emulated.so), which tells this library about every launch.
 //
-// An allocation ends at a page that may not be touched, begins after another, and is filled with
-// 0xFF (NaN as any float): a kernel that reads or writes outside, or reads what nobody wrote, is
-// seen. PyTorch's caching allocator hides that, so tests run with PYTORCH_NO_CUDA_MEMORY_CACHING=1.
+// An allocation begins after a page that may not be touched and ends at another (at most 15 bytes
+// before it: canaries), and is filled with 0xFF (NaN as any float): a kernel that reads or writes
+// outside, or reads what nobody wrote, is seen. PyTorch's caching allocator hides that, so tests
+// run with PYTORCH_NO_CUDA_MEMORY_CACHING=1.
 #include "cudart.h"
 
 #include <dlfcn.h>
@@ -95,6 +96,19 @@ static size_t round_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / 
 // memory is near the guard page. Kernels may rely on 16 bytes at the start of an allocation.
 constexpr size_t ALIGNMENT = 16;
 
+// What stands beside an allocation, up to the guard pages; looked at when it is freed.
+constexpr unsigned char CANARY = 0xA5;
+
+// Ends the process when a byte of [from, to) is no canary any more.
+static void check_canaries(const Allocation& a, const char* from, const char* to) {
+    for (const char* at = from; at < to; ++at) {
+        if (*(const unsigned char*)at == CANARY) continue;
+        fprintf(stderr, "emulator: byte %td of an allocation of %zu bytes was written\n",
+                at - a.start, a.bytes);
+        abort();
+    }
+}
+
 static int allocate(void** out, size_t bytes, Memory kind) {
     if (out == nullptr) return fail(INVALID_VALUE);
     *out = nullptr;
@@ -110,7 +124,8 @@ static int allocate(void** out, size_t bytes, Memory kind) {
         return fail(OUT_OF_MEMORY);
     }
     char* start = first + (inner - round_up(bytes, ALIGNMENT));
-    memset(first, 0xFF, inner);
+    memset(first, CANARY, inner);
+    memset(start, 0xFF, bytes);
     std::lock_guard<std::mutex> guard(memory_lock);
     memory()[start] = Allocation{start, bytes, current_device, kind, (char*)map, whole};
     allocated_bytes += bytes;
@@ -123,8 +138,11 @@ static int release(void* pointer) {
     std::lock_guard<std::mutex> guard(memory_lock);
     const auto found = memory().find((const char*)pointer);
     if (found == memory().end() || found->second.map == nullptr) return fail(INVALID_VALUE);
-    allocated_bytes -= found->second.bytes;
-    munmap(found->second.map, found->second.map_bytes);
+    const Allocation& a = found->second;
+    check_canaries(a, a.map + page(), a.start);
+    check_canaries(a, a.start + a.bytes, a.map + a.map_bytes - page());
+    allocated_bytes -= a.bytes;
+    munmap(a.map, a.map_bytes);
     memory().erase(found);
     return SUCCESS;
 }
@@ -277,7 +295,8 @@ struct DeviceProperties {
 };
 static_assert(offsetof(DeviceProperties, multiprocessors) == 384, "cudaDeviceProp has moved");
 static_assert(offsetof(DeviceProperties, surface_alignment) == 552, "cudaDeviceProp has moved");
-static_assert(offsetof(DeviceProperties, shared_per_block_opt_in) == 672, "cudaDeviceProp has moved");
+static_assert(offsetof(DeviceProperties, shared_per_block_opt_in) == 672,
+              "cudaDeviceProp has moved");
 static_assert(sizeof(DeviceProperties) == 1008, "cudaDeviceProp has another size");
 
 API int cudaGetDeviceProperties(DeviceProperties* out, int device) {
@@ -322,7 +341,7 @@ API int cudaDeviceGetAttribute(int* value, int attribute, int device) {
         case 8: *value = 48 << 10; break;                              // shared memory of a block
         case 10: *value = 32; break;                                   // lanes of a warp
         case 16: *value = MULTIPROCESSORS; break;
-        case 39: *value = 1536; break;                                 // threads of a multiprocessor
+        case 39: *value = 1536; break;  // threads of a multiprocessor
         case 41: case 83: case 89: *value = 1; break;                  // unified and managed memory
         case 75: *value = capability / 10; break;
         case 76: *value = capability % 10; break;

@@ -129,9 +129,11 @@ struct Machine {
     size_t shared_used = 0, dynamic_bytes = 0;
     ~Machine() {
         if (stacks) munmap(stacks, stack_count * STACK);
-        if (shared) munmap(shared, SHARED_BYTES);
+        if (shared) munmap(shared, SHARED_BYTES + GUARD_BYTES);
     }
-    static const size_t SHARED_BYTES = 1 << 20, STATIC_BYTES = 256 << 10;
+    // Dynamic shared memory ends at a page that nobody may touch (but for what fills it up to 128).
+    char* dynamic() const { return shared + SHARED_BYTES - (dynamic_bytes + 127) / 128 * 128; }
+    static const size_t SHARED_BYTES = 1 << 20, STATIC_BYTES = 48 << 10, GUARD_BYTES = 64 << 10;
 };
 thread_local Machine* machine = nullptr;
 
@@ -199,7 +201,7 @@ void run_block(Machine& m, dim3_ block, dim3_ blocks, dim3_ threads, unsigned ca
     unsigned n = threads.x * threads.y * threads.z;
     m.barrier = Barrier{n, 0, 0};
     memset(m.shared, 0xFF, m.shared_used);
-    memset(m.shared + Machine::STATIC_BYTES, 0xFF, m.dynamic_bytes);
+    memset(m.dynamic(), 0xFF, m.dynamic_bytes);
     for (unsigned i = 0; i < m.warps.size(); i++) {
         m.warps[i].barrier = Barrier{std::min(32u, n - 32 * i), 0, 0};
         memset(m.warps[i].slots, 0xFF, sizeof m.warps[i].slots);
@@ -248,7 +250,7 @@ void* shared_at(const void* file, int line, size_t bytes, size_t alignment) {
     if (fresh) {
         size_t at = (m.shared_used + alignment - 1) / alignment * alignment;
         at = (at + 15) / 16 * 16;
-        if (at + bytes > Machine::STATIC_BYTES) fail("declares too much shared memory");
+        if (at + bytes > Machine::STATIC_BYTES) fail("declares more than 48 KiB of shared memory");
         memset(m.shared + at, 0xFF, bytes);
         place->second.offset = at;
         m.shared_used = at + bytes;
@@ -256,7 +258,7 @@ void* shared_at(const void* file, int line, size_t bytes, size_t alignment) {
     return m.shared + place->second.offset;
 }
 
-void* dynamic_shared() { return machine->shared + Machine::STATIC_BYTES; }
+void* dynamic_shared() { return machine->dynamic(); }
 
 void fail(const char* what) {
     const Thread* t = machine && machine->now ? &machine->now->state : nullptr;
@@ -292,9 +294,12 @@ void launch(const Kernel& kernel, dim3_ blocks, dim3_ threads, size_t dynamic_sh
         m.stacks = (char*)mmap(nullptr, n * STACK, PROT_READ | PROT_WRITE,
                                MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     }
-    if (!m.shared)
-        m.shared = (char*)mmap(nullptr, Machine::SHARED_BYTES, PROT_READ | PROT_WRITE,
+    if (!m.shared) {
+        m.shared = (char*)mmap(nullptr, Machine::SHARED_BYTES + Machine::GUARD_BYTES,
+                               PROT_READ | PROT_WRITE,
                                MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        mprotect(m.shared + Machine::SHARED_BYTES, Machine::GUARD_BYTES, PROT_NONE);
+    }
     m.fibers.resize(n);
     m.warps.resize((n + 31) / 32);
     m.kernel = &kernel;

@@ -5,6 +5,7 @@
 //! beside it; `scripts/nvrtc-check` reads registers and spills there.
 
 use std::ffi::{CString, c_char, c_int, c_void};
+use std::fmt::Write as _;
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
@@ -98,7 +99,7 @@ fn list(kept: &Path, (major, minor): (c_int, c_int), jobs: &[Job<'_>]) {
     let mut text = format!("{major}.{minor}\n");
     for job in jobs {
         let log = job.kept.with_extension("log");
-        text += &format!("{}\t{}\t{}\n", job.unit.name, job.architecture, log.display());
+        let _ = writeln!(text, "{}\t{}\t{}", job.unit.name, job.architecture, log.display());
     }
     write(&kept.join("list.tsv"), text.as_bytes());
 }

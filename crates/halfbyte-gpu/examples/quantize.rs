@@ -6,7 +6,14 @@ use halfbyte::{BlockSize, Code4};
 use halfbyte_gpu::ops::{Scales, Table4, dequantize_4bit, quantize_4bit};
 use halfbyte_gpu::{DeviceBuffer, Stream, cuda_device};
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
+fn main() {
+    if let Err(error) = run() {
+        eprintln!("{error}");
+        std::process::exit(1);
+    }
+}
+
+fn run() -> halfbyte_gpu::Result<()> {
     let (n, code, blocksize) = (1 << 20, Code4::Nf4, BlockSize::B64);
     let blocks = blocksize.over(n);
     let values: Vec<f32> = (0..n).map(|i| (i as f32 * 0.37).sin()).collect();

@@ -1,9 +1,10 @@
 // halfbyte: exact
 // halfbyte: cuda
-// `matmul_4bit` and its gradient on tensor cores, for float16 and bfloat16 (sm_80; float16 on sm_75).
+// `matmul_4bit` and its gradient on tensor cores, for float16 (from sm_75 on) and bfloat16
+// (from sm_80 on).
 //
-//   out = input · W^T + bias        W [out_features, in_features] = table[code] * scale of the block
-//   out = input · W                 the gradient of the first for its input
+//   out = input · W^T + bias   W [out_features, in_features] = table[code] * scale of the block
+//   out = input · W            the gradient of the first for its input
 //
 // A group of threads makes one tile of `out`, in steps of 64 along the depth (the sum's index):
 //
@@ -23,8 +24,8 @@
 // 4. Chunks of 16 bytes are swizzled: neither the stores nor ldmatrix meet a bank twice.
 // 5. For the gradient the weight is decoded as it lies, and ldmatrix transposes it.
 // 6. What lies outside of the matrices counts as zero: no copy, and a scale of zero.
-// 7. When tiles are few, GROUPS_Y groups share one along the depth. Their sums go through memory and
-//    are added in order by matmul_4bit_sum, so results do not change from run to run.
+// 7. When tiles are few, GROUPS_Y groups share one along the depth. Their sums go through memory
+//    and are added in order by matmul_4bit_sum, so results do not change from run to run.
 //
 // Compiled without contraction: the decoded weight is dequantize_4bit's, bit for bit.
 #include "matmul_4bit.h"

@@ -64,7 +64,7 @@ template <u32 R, u32 C, u32 DOWN, u32 ACROSS, int S, int RESIDENT_> struct Shape
     static constexpr u32 PACKED_AT = 1152, DECODED_AT = PACKED_AT + S * PACKED_BYTES;
     static constexpr u32 INPUT_AT = DECODED_AT + 2 * DECODED_BYTES;
     static_assert(PARTS * THREAD_COUNT == 2 * C && PARTS <= 2, "32 codes a part");
-    static_assert(TILES_DOWN >= 1 && TILES_ACROSS % 2 == 0, "ldmatrix_x4 takes two columns of tiles");
+    static_assert(TILES_DOWN >= 1 && TILES_ACROSS % 2 == 0, "ldmatrix_x4 takes two tiles");
     static_assert(R * 8 % THREAD_COUNT == 0 && THREAD_COUNT % 64 == 0, "whole rounds of copies");
 };
 
@@ -133,8 +133,8 @@ DEVICE U4 decode_8(const Scaled& scaled, u32 codes) {
 }
 
 // The weight's side of a tile, for one thread: 32 codes of one line a step, and as many of the line
-// PART_LINES on when it has two parts. The lines of the tile are the weight's rows: COLUMNS of them,
-// 64 codes long; for the gradient 64, COLUMNS long.
+// PART_LINES on when it has two parts. The lines of the tile are the weight's rows: COLUMNS of
+// them, 64 codes long; for the gradient 64, COLUMNS long.
 template <class E, class S, bool GRAD> struct WeightSide {
     static constexpr u32 LINE_BYTES = GRAD ? S::COLUMNS * 2 : STEP * 2;
     static constexpr u32 PART_BYTES = S::DECODED_BYTES / S::PARTS;
@@ -233,7 +233,8 @@ template <class E, class S, bool GRAD> struct WeightSide {
     }
 
     // A quarter of a part's codes into the decoded tile number `tile`.
-    DEVICE_MEMBER void decode(const Scaled& table, u32 codes, u32 tile, u32 part, u32 quarter) const {
+    DEVICE_MEMBER void decode(const Scaled& table, u32 codes, u32 tile, u32 part,
+                              u32 quarter) const {
         u8* line = memory + line_at + tile * S::DECODED_BYTES + part * PART_BYTES;
         *(U4*)(line + ((chunk ^ quarter) << 4)) = decode_8(table, codes);
     }
@@ -331,7 +332,8 @@ template <class E, class S, bool GRAD> DEVICE void multiply(const Operands& o, u
     WeightSide<E, S, GRAD> weight(o, memory, column0, begin * STEP, steps);
     const InputSide<S> input(o, memory, row0, begin * STEP, depth);
 
-    // Step i goes to slot i % STAGES. Group i of the copies: the input of step i, the codes of i + 1.
+    // Step i goes to slot i % STAGES. Group i of the copies: the input of step i, the codes of the
+    // next.
     weight.copy(0, 0);
     UNROLL
     for (u32 i = 0; i + 1 < S::STAGES; i++) {
@@ -375,7 +377,7 @@ template <class E, class S, bool GRAD> DEVICE void multiply(const Operands& o, u
         if (step + S::STAGES - 1 < steps) input.copy(step + S::STAGES - 1, before);
         weight.copy(step + S::STAGES, slot);
         cp_async_commit();
-        // After the last step this decodes what is never read.
+        // After the last step what this decodes is never read.
         Scaled table = weight.take(step + 1, 0);
         U4 codes = *(const U4*)weight.place(after, 0);
 

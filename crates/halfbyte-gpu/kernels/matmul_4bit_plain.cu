@@ -10,8 +10,8 @@
 //
 // Liberties taken with it:
 // 1. A group makes a tile of 64 x 64, 32 of the depth at a time, through shared memory in float32.
-// 2. A thread has 16 elements: rows and columns 16 apart, so that its reads of shared memory meet no
-//    bank twice.
+// 2. A thread has 16 elements: rows and columns 16 apart, so that its reads of shared memory meet
+//    no bank twice.
 //
 // The decoded weight is the scalar definition's in float32; it is not rounded to T.
 #include "port.h"

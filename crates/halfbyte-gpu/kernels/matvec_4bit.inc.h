@@ -11,7 +11,8 @@
 KERNEL(128, NAMED(MATVEC),
        (GLOBAL const T* a, u32 n, GLOBAL const u8* packed, SCALE_PARAMETERS, TABLE_PARAMETERS,
         GLOBAL const T* bias, GLOBAL T* out, u64 features, u32 columns, u32 shift)) {
-    SHARED(float, values, 16);
+    TABLE_16(values);
+    SHARED(float, second, 256); // the code of nested scales
     SHARED(float, parts, PARTS * OUTPUTS);
     u64 first = GROUP * FEATURES;
     float sums[OUTPUTS];
@@ -28,21 +29,43 @@ KERNEL(128, NAMED(MATVEC),
     UNROLL
     for (u32 i = 0; i < OUTPUTS; i++) sums[i] = 0.0f;
     if (THREAD < 16) values[THREAD] = TABLE(THREAD);
+    float added = absmax8 ? offset[0] : 0.0f;
+    if (absmax8) {
+        for (u32 i = THREAD; i < 256; i += 128) second[i] = code2[i];
+    }
     BARRIER();
 
     if (columns % 8 == 0 && IS_ALIGNED(packed, 4) && IS_ALIGNED(a, 16)) {
         u32 words = columns / 8;
         for (u32 j = THREAD; j < words; j += 128 * WORDS_AHEAD) {
-            u32 codes[WORDS_AHEAD * FEATURES];
+            u32 codes[WORDS_AHEAD * FEATURES], places[WORDS_AHEAD * FEATURES];
             float scales[WORDS_AHEAD * FEATURES];
+            // A word past the last repeats it, so that no branch keeps loads apart.
             UNROLL
             for (u32 i = 0; i < WORDS_AHEAD * FEATURES; i++) {
-                u32 f = i % FEATURES, word = j + 128 * (i / FEATURES);
-                codes[i] = 0;
-                scales[i] = 0.0f;
-                if (word < words) {
-                    codes[i] = ((GLOBAL const u32*)(packed + starts[f] / 2))[word];
-                    scales[i] = SCALE(blocks[f] + ((skipped[f] + 8 * word) >> shift));
+                u32 f = i % FEATURES, ahead = j + 128 * (i / FEATURES);
+                u32 word = min_(ahead, words - 1);
+                codes[i] = ((GLOBAL const u32*)(packed + starts[f] / 2))[word];
+                places[i] = (skipped[f] + 8 * word) >> shift;
+            }
+            if (absmax8) {
+                u32 of[WORDS_AHEAD * FEATURES];
+                UNROLL
+                for (u32 i = 0; i < WORDS_AHEAD * FEATURES; i++) {
+                    u64 block = blocks[i % FEATURES];
+                    u32 above = (u32)block & ((1u << shift2) - 1);
+                    of[i] = (absmax8 + block)[places[i]];
+                    scales[i] = (absmax2 + (block >> shift2))[(above + places[i]) >> shift2];
+                }
+                UNROLL
+                for (u32 i = 0; i < WORDS_AHEAD * FEATURES; i++) {
+                    float product = second[of[i]] * scales[i];
+                    scales[i] = product + added;
+                }
+            } else {
+                UNROLL
+                for (u32 i = 0; i < WORDS_AHEAD * FEATURES; i++) {
+                    scales[i] = (absmax + blocks[i % FEATURES])[places[i]];
                 }
             }
             UNROLL

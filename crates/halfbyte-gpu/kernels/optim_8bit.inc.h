@@ -90,7 +90,8 @@ DEVICE void RULED(block8)(GLOBAL const struct Header* h, GLOBAL const struct Ten
         UNROLL
         for (u32 i = 0; i < STATES; i++) {
             s[i][j] = state[i];
-            u32 bits = as_u32(state[i]) & 0x7FFFFFFFu;
+            // A second moment has no sign; one that has is not finite by these bits, and looked at.
+            u32 bits = as_u32(state[i]) & (i < STATES - SECOND ? 0x7FFFFFFFu : 0xFFFFFFFFu);
             top[i] = max_(top[i], bits);
         }
     }
@@ -122,24 +123,24 @@ DEVICE void RULED(block8)(GLOBAL const struct Header* h, GLOBAL const struct Ten
         if (LANE == 0 && n > 0) *ADDRESS(float, absmax[i]) = as_float(magnitude);
         // Before it lifts a block without a reciprocal: which are above zero does not change.
         float reciprocal = reciprocal8(magnitude, s[i]);
-        u32 q[2] = {0, 0};
+        u32 q[8];
         if (notes[second ? NOTE_SEARCH_UNSIGNED : NOTE_SEARCH_SIGNED]) {
             UNROLL
             for (u32 j = 0; j < 8; j++) {
                 float x = s[i][j], y = x * reciprocal;
-                u32 code = second ? search_unsigned(values + 256, y, x, notes[NOTE_POSITIVE])
-                                  : search_signed(values, y, x);
-                q[j / 4] |= code << j % 4 * 8;
+                q[j] = second ? search_unsigned(values + 256, y, x, notes[NOTE_POSITIVE]) << 24
+                              : search_signed(values, y, x) << 24;
             }
         } else {
             UNROLL
             for (u32 j = 0; j < 8; j++) {
                 float x = s[i][j], y = x * reciprocal;
-                u32 code = second ? encode_unsigned(table, y, x) : encode_signed(table, y);
-                q[j / 4] |= code << j % 4 * 8;
+                q[j] = second ? encode_unsigned(table, y, x) : encode_signed(table, y);
             }
         }
-        store_codes(codes[i], n, whole, q);
+        words[i][0] = upper_bytes(q[0], q[1], q[2], q[3]);
+        words[i][1] = upper_bytes(q[4], q[5], q[6], q[7]);
+        store_codes(codes[i], n, whole, words[i]);
     }
 }
 

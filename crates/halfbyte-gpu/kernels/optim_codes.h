@@ -5,15 +5,18 @@
 // A search for n takes eight dependent loads. Instead each group makes itself a table over the bits
 // of y:
 //
-//     bucket of y = max(fine(|y|), coarse(|y|), 0)          (1)
-//     entry       = code << 24 | low bits of the border in the bucket
-//     n           = code + (low bits of y > low bits of the border)
+//     a      = max(|y|, LOWEST)
+//     bucket = max(fine(a), coarse(a))                      (1)
+//     n      = upper byte of entry + low bits of a          (2)
 //
-// 1. Buckets divide octaves evenly: coarsely up to 2^-4, four times as finely above, as dynamic maps
-//    have twice the codes in each decade. With at most one border in a bucket the result is exact,
-//    and it is so for the default maps. A table for which that does not hold, or that could give a
-//    code of the wrong sign, is searched instead (`notes`).
-// 2. A second moment above zero never gets a code of zero: the entries of the unsigned table are
+// 1. Buckets divide octaves evenly: coarsely up to 2^-4, four times as finely above, as dynamic
+//    maps have twice the codes in each decade. With at most one border in a bucket the result is exact,
+//    and so it is for the default maps. A table for which that does not hold, or that could give
+//    a code of the wrong sign, is searched instead (`notes`).
+// 2. An entry is code << 24 | 0xFFFFFF - b, where b are the low bits of the border in the bucket:
+//    the sum carries into the code above the border. Below zero, where the order is reversed, the
+//    bits are inverted.
+// 3. A second moment above zero never gets a code of zero: the entries of the unsigned table are
 //    that of the first code above zero at least.
 #ifndef HALFBYTE_OPTIM_CODES_H
 #define HALFBYTE_OPTIM_CODES_H
@@ -21,14 +24,20 @@
 
 #define SIGNED_FINE 17u // the bits of a float32 below a bucket: 64 buckets an octave
 #define SIGNED_COARSE 19u
-#define SIGNED_LOWEST 0x34800000u // 2^-22, below the first border; all below it is bucket 0
-#define SIGNED_BUCKETS 546u       // of each sign; the last one is 1
+#define SIGNED_LOWEST 0x34800000u // 2^-22, below the first border
+#define SIGNED_BUCKETS 545u       // of each sign, which alternate; the last one is 1
 #define UNSIGNED_FINE 16u
 #define UNSIGNED_COARSE 18u
 #define UNSIGNED_LOWEST 0x34000000u // 2^-23
-#define UNSIGNED_BUCKETS 1122u
+#define UNSIGNED_BUCKETS 1121u
 #define KNEE 0x3D800000u // 2^-4
 #define ONE 0x3F800000u
+
+#if OPENCL
+#define LARGER(a, b) fmax(a, b)
+#else
+#define LARGER(a, b) fmaxf(a, b)
+#endif
 
 #define CODES_BUCKETS (2 * SIGNED_BUCKETS + UNSIGNED_BUCKETS)
 
@@ -38,13 +47,10 @@
 #define NOTE_POSITIVE 2 // the first code above zero, or 255
 #define NOTES 3
 
-// The bucket of a magnitude, given as its bits.
+// The bucket of a magnitude, given as its bits, which are LOWEST at least.
 DEVICE u32 bucket_of(u32 bits, u32 fine, u32 coarse, u32 lowest) {
-    i32 from = 1 - (i32)(lowest >> coarse);
-    i32 knee = from + (i32)(KNEE >> coarse) - (i32)(KNEE >> fine);
-    i32 a = (i32)(bits >> coarse) + from, b = (i32)(bits >> fine) + knee;
-    i32 bucket = max_(a, b);
-    return (u32)max_(bucket, 0);
+    u32 a = bits >> fine, b = (bits >> coarse) + ((KNEE >> fine) - (KNEE >> coarse));
+    return max_(a, b) - ((KNEE >> fine) - (KNEE >> coarse) + (lowest >> coarse));
 }
 
 DEVICE u32 signed_bucket(u32 bits) {
@@ -87,78 +93,91 @@ OUTLINE u32 search_unsigned(LOCAL const float* values, float y, float s, u32 pos
     return s > 0.0f && values[n] <= 0.0f ? positive : n;
 }
 
+// The nearest code of y in the upper byte.
 DEVICE u32 encode_signed(LOCAL const u32* table, float y) {
-    const u32 mask = (1u << SIGNED_COARSE) - 1;
-    u32 bits = as_u32(y), negative = bits >> 31;
-    // Below zero the order is reversed, and the entries' low bits are inverted.
-    u32 low = (bits ^ (0 - negative)) & mask;
-    u32 entry = table[signed_bucket(bits & 0x7FFFFFFFu) + negative * SIGNED_BUCKETS];
-    return (entry >> 24) + (low > (entry & mask) ? 1 : 0);
+    u32 negative = as_u32(y) >> 31;
+    u32 bits = as_u32(LARGER(abs_(y), as_float(SIGNED_LOWEST)));
+    u32 low = (bits ^ (0 - negative)) & ((1u << SIGNED_COARSE) - 1);
+    return table[2 * signed_bucket(bits) + negative] + low;
 }
 
 // Of y for a moment s: zero or less has code 0.
 DEVICE u32 encode_unsigned(LOCAL const u32* table, float y, float s) {
-    const u32 mask = (1u << UNSIGNED_COARSE) - 1;
-    u32 bits = s > 0.0f ? as_u32(y) : 0;
-    u32 entry = table[2 * SIGNED_BUCKETS + unsigned_bucket(bits)];
-    u32 code = (entry >> 24) + ((bits & mask) > (entry & mask) ? 1 : 0);
-    return s > 0.0f ? code : 0;
+    u32 bits = as_u32(LARGER(y, as_float(UNSIGNED_LOWEST)));
+    u32 low = bits & ((1u << UNSIGNED_COARSE) - 1);
+    u32 entry = table[2 * SIGNED_BUCKETS + unsigned_bucket(bits)] + low;
+    return s > 0.0f ? entry : 0;
 }
 
-// Fills the buckets of code `code`: those above the border `below` and up to the border `above`,
-// which is in the last of them. A border with bits past ONE is outside. True if a bucket has two.
-DEVICE u32 fill(LOCAL u32* table, u32 code, u32 from, u32 to, u32 inside, u32 last, u32 low,
-                u32 mask) {
-    for (u32 b = from; b <= to && b <= last; b++) {
-        table[b] = code << 24 | (b == to && inside ? low & mask : mask);
-    }
-    return inside && to <= last && (from > to || to == 0);
+// The upper bytes of four words.
+DEVICE u32 upper_bytes(u32 a, u32 b, u32 c, u32 d) {
+#if CUDA && !EMULATED
+    return __byte_perm(__byte_perm(a, b, 0x73), __byte_perm(c, d, 0x73), 0x5410);
+#else
+    return a >> 24 | b >> 24 << 8 | c >> 24 << 16 | d >> 24 << 24;
+#endif
 }
 
-// Code `t` covers y in (below, above], and makes its entries. 256 threads, after a barrier.
+// An entry whose border has the low bits b; those of the largest number where there is none.
+DEVICE u32 entry_of(u32 code, u32 b) { return code << 24 | (0xFFFFFFu - b); }
+
+// Where a border lies: its bucket, or `buckets` past the last number to be encoded.
+DEVICE u32 signed_place(u32 bits) {
+    return bits < SIGNED_LOWEST ? 0 : bits > ONE ? SIGNED_BUCKETS : signed_bucket(bits);
+}
+
+DEVICE u32 unsigned_place(u32 bits) {
+    return bits < UNSIGNED_LOWEST ? 0 : bits >= ONE ? UNSIGNED_BUCKETS : unsigned_bucket(bits);
+}
+
+// Code `t` covers y in (below, above], and makes its entries: those of the buckets between its
+// borders, and of that of one border. All 256 threads of a group, after a barrier.
 OUTLINE void fill_signed(LOCAL const float* values, LOCAL u32* table, LOCAL u32* notes, u32 t) {
-    const u32 mask = (1u << SIGNED_COARSE) - 1, last = SIGNED_BUCKETS - 1;
-    u32 lowest = t == 0, highest = t == 255;
-    float below = lowest ? -1.0f : border(values, t - 1);
-    float above = highest ? 1.0f : border(values, t);
-    u32 search = 0;
-    if (highest || above > 0.0f) {
-        u32 outside = highest || above >= 1.0f;
-        u32 from = lowest || below <= 0.0f ? 0 : below >= 1.0f ? last + 1 : signed_bucket(as_u32(below)) + 1;
-        u32 to = outside ? last + 1 : signed_bucket(as_u32(above));
-        search |= fill(table, t, from, to, !outside, last, as_u32(above), mask);
-    }
-    if (lowest || below < 0.0f) {
-        // From the side of zero: down to -above, whose border is in the first bucket, and before
-        // that of -below.
-        u32 bounded = !highest && above < 0.0f;
-        u32 from = !bounded ? 0 : above < -1.0f ? last + 1 : signed_bucket(as_u32(above) & 0x7FFFFFFFu);
-        u32 end = lowest || below < -1.0f ? last + 1 : signed_bucket(as_u32(below) & 0x7FFFFFFFu);
-        for (u32 b = from; b < end && b <= last; b++) {
-            u32 low = bounded && b == from ? ~as_u32(above) & mask : mask;
-            table[SIGNED_BUCKETS + b] = t << 24 | low;
+    const u32 mask = (1u << SIGNED_COARSE) - 1;
+    u32 lowest = t == 0, highest = t == 255, search = 0;
+    float below = lowest ? -2.0f : border(values, t - 1);
+    float above = highest ? 2.0f : border(values, t);
+    u32 below_bits = as_u32(abs_(below)), above_bits = as_u32(abs_(above));
+    if (above > 0.0f) {
+        // Numbers end at 1: a border at 1 is past the end.
+        u32 from = below <= 0.0f ? 0 : signed_place(below_bits) + 1;
+        u32 to = above_bits == ONE ? SIGNED_BUCKETS : signed_place(above_bits);
+        for (u32 b = from; b <= to && b < SIGNED_BUCKETS; b++) {
+            table[2 * b] = entry_of(t, b == to ? above_bits & mask : mask);
         }
-        search |= bounded && from <= last && (from == 0 || from == end);
+        search |= above_bits < SIGNED_LOWEST || (from > to && to < SIGNED_BUCKETS);
+    }
+    if (below < 0.0f) {
+        // The border above is in the first of the buckets here; y at the border is this code's.
+        u32 bounded = above < 0.0f;
+        u32 from = bounded ? signed_place(above_bits) : 0, end = signed_place(below_bits);
+        for (u32 b = from; b < end; b++) {
+            table[2 * b + 1] = entry_of(t, bounded && b == from ? ~above_bits & mask : mask);
+        }
+        // Smaller numbers become LOWEST, which must be above the border.
+        search |= bounded && above_bits <= SIGNED_LOWEST;
+        search |= bounded && from >= end && from < SIGNED_BUCKETS;
     }
     // Zero must be a code, or the nearest code of a small moment could have the other sign; and a
     // border at zero is in no bucket.
-    u32 of_zero = (lowest || below < 0.0f) && (highest || above >= 0.0f);
-    search |= (of_zero && values[t] != 0.0f) || (!highest && above == 0.0f);
+    search |= (below < 0.0f && above >= 0.0f && values[t] != 0.0f) || above == 0.0f;
     if (search) notes[NOTE_SEARCH_SIGNED] = 1;
 }
 
 OUTLINE void fill_unsigned(LOCAL const float* values, LOCAL u32* table, LOCAL u32* notes, u32 t) {
-    const u32 mask = (1u << UNSIGNED_COARSE) - 1, last = UNSIGNED_BUCKETS - 1;
-    u32 positive = notes[NOTE_POSITIVE], highest = t == 255;
-    float below = t == 0 ? 0.0f : border(values, t - 1);
-    float above = highest ? 1.0f : border(values, t);
-    u32 outside = highest || above >= 1.0f;
-    u32 from = t == 0 ? 0 : below >= 1.0f ? last + 1 : unsigned_bucket(as_u32(below)) + 1;
-    u32 to = outside ? last + 1 : unsigned_bucket(as_u32(above));
-    u32 code = max_(t, positive); // (2)
-    // Where this and the next code are raised to the same one there is no border.
-    u32 low = t < positive ? mask : as_u32(above);
-    u32 search = fill(table + 2 * SIGNED_BUCKETS, code, from, to, !outside, last, low, mask);
+    const u32 mask = (1u << UNSIGNED_COARSE) - 1;
+    u32 positive = notes[NOTE_POSITIVE];
+    float above = t == 255 ? 2.0f : border(values, t);
+    u32 above_bits = as_u32(above);
+    u32 from = t == 0 ? 0 : unsigned_place(as_u32(border(values, t - 1))) + 1;
+    u32 to = unsigned_place(above_bits);
+    for (u32 b = from; b <= to && b < UNSIGNED_BUCKETS; b++) {
+        // Where this and the next code are raised to the same one (3) there is no border.
+        u32 bounded = b == to && t >= positive;
+        u32 low = bounded ? above_bits & mask : mask;
+        table[2 * SIGNED_BUCKETS + b] = entry_of(max_(t, positive), low);
+    }
+    u32 search = above_bits < UNSIGNED_LOWEST || (from > to && to < UNSIGNED_BUCKETS);
     if (search || (t == 0 && values[0] < 0.0f)) notes[NOTE_SEARCH_UNSIGNED] = 1;
 }
 

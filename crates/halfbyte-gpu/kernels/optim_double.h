@@ -1,6 +1,6 @@
-// float64 numbers that are not negative, as their bits: sums and ratios of norms, rounded to nearest
-// even as IEEE 754 says. In integers, because Intel's GPUs (and OpenCL in general) need not have
-// float64; a tensor has few of these operations.
+// float64 numbers that are not negative, as their bits: sums and ratios of norms, rounded to
+// nearest even as IEEE 754 says. In integers, because Intel's GPUs (and OpenCL in general) need not
+// have float64; a tensor has few of these operations.
 #ifndef HALFBYTE_OPTIM_DOUBLE_H
 #define HALFBYTE_OPTIM_DOUBLE_H
 #include "port.h"

@@ -4,8 +4,8 @@
 //     block = lane 0 + lane 1 + ... + lane 15 in float64
 //     task  = block 0 + block 1 + ...         in float64
 //
-// in the core's order, so that the sums are the core's bit for bit. Half a warp has a block, a group
-// a task of 256 blocks.
+// in the core's order, so that the sums are the core's bit for bit. Half a warp has a block, a
+// group a task of 256 blocks.
 #include "optim_rule.h"
 
 DEVICE float RULED(read)(u32 dtype, u64 from, u64 i) {

@@ -21,7 +21,8 @@ DEVICE float average_square(Numbers c, float old, float x) { return fma_(old, c[
 DEVICE float sign_(float x) {
     u32 bits = as_u32(x);
     u32 magnitude = bits & 0x7FFFFFFFu;
-    return magnitude == 0 || magnitude > 0x7F800000u ? x : as_float((bits & 0x80000000u) | 0x3F800000u);
+    if (magnitude == 0 || magnitude > 0x7F800000u) return x;
+    return as_float((bits & 0x80000000u) | 0x3F800000u);
 }
 
 // The new parameter.

@@ -1,5 +1,5 @@
-// What optimizer kernels share: the table of tensors that one launch works on, and how a warp loads,
-// rounds and stores a block of 256 elements.
+// What optimizer kernels share: the table of tensors that one launch works on, and how a warp
+// loads, rounds and stores a block of 256 elements.
 #ifndef HALFBYTE_OPTIM_TABLE_H
 #define HALFBYTE_OPTIM_TABLE_H
 #include "port.h"
@@ -97,8 +97,8 @@ DEVICE u32 largest(u32 x, LOCAL u32* scratch) {
 }
 
 // ---- a warp's block ---------------------------------------------------------------------------
-// Each lane has eight elements: four from 4 * lane on and four from 128 + 4 * lane on, so that every
-// load and store of a warp touches consecutive memory, whatever the element. With `whole`, all 256
+// Each lane has eight elements: four from 4 * lane on and four from 128 + 4 * lane on, so that
+// every load and store of a warp touches consecutive memory, whatever the element. With `whole`, all 256
 // elements exist and fours are aligned; else there are the first n, taken one by one.
 #define FOUR(part) ((part) * 128 + 4 * LANE)
 #define ELEMENT(j) (FOUR((j) / 4) + (j) % 4)

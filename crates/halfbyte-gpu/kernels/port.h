@@ -139,7 +139,7 @@ typedef long long i64;
 #endif
 #define abs_(a) fabsf(a)
 #define min_(a, b) ((a) < (b) ? (a) : (b))
-#define max_(a, b) ((a) > (b) ? (a) : (b))
+#define max_(a, b) ((a) > (b) ? (a) : (b)) // and min_: evaluate an argument twice
 #define mulhi_u32(a, b) __umulhi(a, b)
 #define popcount_(a) __popc(a)
 #define clz_(a) __clz((int)(a))
@@ -219,12 +219,24 @@ DEVICE u16 float_to_bf16(float v) {
 #define store_bf16(p, i, v) ((p)[i] = float_to_bf16(v))
 
 #if OPENCL
-// Conversions between registers, which vload_half and vstore_half do not offer.
-DEVICE float half_to_float_(u16 h) { return vload_half(0, (const half*)&h); }
-DEVICE u16 float_to_half_(float v) {
-    u16 h;
-    vstore_half_rte(v, 0, (half*)&h);
-    return h;
+// Between registers, which vload_half and vstore_half do not offer. (PoCL 3.0 miscompiles them on
+// private memory.)
+DEVICE float half_to_float_(u16 h) {
+    u32 sign = (u32)(h & 0x8000) << 16, exponent = h >> 10 & 31, mantissa = h & 1023;
+    if (exponent == 31) {
+        return as_float(sign | 0x7F800000u | mantissa << 13 | (mantissa ? 0x400000u : 0));
+    }
+    if (exponent == 0) return as_float(as_u32((float)mantissa * 0x1p-24f) | sign);
+    return as_float(sign | (exponent + 112) << 23 | mantissa << 13);
+}
+DEVICE u16 float_to_half_(float v) { // to nearest even
+    u32 bits = as_u32(v), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7FFFFFFFu;
+    if (magnitude > 0x7F800000u) return 0x7FFF;
+    if (magnitude >= 0x477FF000u) return (u16)(sign | 0x7C00); // 65520 and more
+    if (magnitude < 0x38800000u) { // below 2^-14: in units of 2^-24
+        return (u16)(sign | (u32)rint(as_float(magnitude) * 0x1p24f));
+    }
+    return (u16)(sign | (magnitude + 0xFFF + (magnitude >> 13 & 1) - (112u << 23)) >> 13);
 }
 #endif
 

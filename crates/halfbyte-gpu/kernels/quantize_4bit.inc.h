@@ -25,17 +25,20 @@ KERNEL(256, NAMED(QUANTIZE),
     SHARED(float, borders, 32);
     SHARED(u32, codes, 32);
     SHARED(u32, scratch, 256);
-    u64 tile = GROUP * 4096, near = tile + 8 * THREAD, far = near + 2048;
+    u64 tile = GROUP * 4096, first = tile + 8 * THREAD;
     int whole = tile + 4096 <= n && IS_ALIGNED(input, 16) && IS_ALIGNED(packed, 4);
-    float x[8], z[8];
-    if (whole) {
-        LOAD8(input + near, x);
-        LOAD8(input + far, z);
-    } else {
-        for (u32 i = 0; i < 8; i++) {
-            x[i] = near + i < n ? LOAD(input, near + i) : 0.0f;
-            z[i] = far + i < n ? LOAD(input, far + i) : 0.0f;
+    float x[2 * 8];
+    u32 most[2];
+    UNROLL
+    for (u32 u = 0; u < 2; u++) {
+        u64 at = first + 2048 * u;
+        if (whole) {
+            LOAD8(input + at, x + 8 * u);
+        } else {
+            UNROLL
+            for (u32 i = 0; i < 8; i++) x[8 * u + i] = at + i < n ? LOAD(input, at + i) : 0.0f;
         }
+        most[u] = magnitude8(x + 8 * u);
     }
     if (THREAD < 32) {
         borders[THREAD] = as_float(CELL_BORDERS[THREAD]);
@@ -43,27 +46,24 @@ KERNEL(256, NAMED(QUANTIZE),
     }
     BARRIER();
 
-    u32 x_most = magnitude8(x), z_most = magnitude8(z);
     u32 threads = (1u << shift) / 8;
     if (threads > 256) { // one block of 4096
-        x_most = z_most = max_(x_most, z_most);
+        most[0] = most[1] = max_(most[0], most[1]);
         threads = 256;
     }
-    x_most = set_max(x_most, threads, scratch);
-    z_most = set_max(z_most, threads, scratch);
-    u64 in_block = (1u << shift) - 1;
-    if ((near & in_block) == 0 && near < n) absmax[near >> shift] = as_float(x_most);
-    if ((far & in_block) == 0 && far < n) absmax[far >> shift] = as_float(z_most);
-
-    u32 x_word = PASTE(NAMED(QUANTIZE), _codes)(x, x_most, borders, codes, near, n);
-    u32 z_word = PASTE(NAMED(QUANTIZE), _codes)(z, z_most, borders, codes, far, n);
-    if (whole) {
-        *(GLOBAL u32*)(packed + near / 2) = x_word;
-        *(GLOBAL u32*)(packed + far / 2) = z_word;
-    } else {
-        for (u32 i = 0; i < 4; i++) {
-            if (near + 2 * i < n) packed[near / 2 + i] = (u8)(x_word >> 8 * i);
-            if (far + 2 * i < n) packed[far / 2 + i] = (u8)(z_word >> 8 * i);
+    most[0] = set_max(most[0], threads, scratch);
+    most[1] = set_max(most[1], threads, scratch);
+    UNROLL
+    for (u32 u = 0; u < 2; u++) {
+        u64 at = first + 2048 * u;
+        if ((at & ((1u << shift) - 1)) == 0 && at < n) absmax[at >> shift] = as_float(most[u]);
+        u32 word = PASTE(NAMED(QUANTIZE), _codes)(x + 8 * u, most[u], borders, codes, at, n);
+        if (whole) {
+            *(GLOBAL u32*)(packed + at / 2) = word;
+        } else {
+            for (u32 i = 0; i < 4; i++) {
+                if (at + 2 * i < n) packed[at / 2 + i] = (u8)(word >> 8 * i);
+            }
         }
     }
 }

@@ -38,20 +38,25 @@ KERNEL(256, NAMED(QUANTIZE),
     SHARED(u32, starts, CELL8_WORDS);
     SHARED(u32, scratch, 256);
     SHARED(u32, differs, 2); // from the signed and from the unsigned map
-    u64 tile = GROUP * 4096, near = tile + 8 * THREAD, far = near + 2048;
+    u64 tile = GROUP * 4096, first = tile + 8 * THREAD;
     int whole = tile + 4096 <= n && IS_ALIGNED(input, 16) && IS_ALIGNED(out, 8);
-    float x[8], z[8];
-    if (whole) {
-        LOAD8(input + near, x);
-        LOAD8(input + far, z);
-        UNROLL
-        for (u32 i = 0; i < 8; i++) x[i] = ELEMENT(x[i]), z[i] = ELEMENT(z[i]);
-    } else {
-        for (u32 i = 0; i < 8; i++) {
-            x[i] = z[i] = 0.0f;
-            if (near + i < n) x[i] = ELEMENT(LOAD(input, near + i));
-            if (far + i < n) z[i] = ELEMENT(LOAD(input, far + i));
+    float x[2 * 8];
+    u32 most[2];
+    UNROLL
+    for (u32 u = 0; u < 2; u++) {
+        u64 at = first + 2048 * u;
+        if (whole) {
+            LOAD8(input + at, x + 8 * u);
+            UNROLL
+            for (u32 i = 0; i < 8; i++) x[8 * u + i] = ELEMENT(x[8 * u + i]);
+        } else {
+            UNROLL
+            for (u32 i = 0; i < 8; i++) {
+                x[8 * u + i] = 0.0f;
+                if (at + i < n) x[8 * u + i] = ELEMENT(LOAD(input, at + i));
+            }
         }
+        most[u] = magnitude8(x + 8 * u);
     }
     // The cells of the signed map are fetched before it is known whether they are wanted.
     for (u32 i = THREAD; i < CELL8_WORDS; i += 256) starts[i] = DYNAMIC_SIGNED_STARTS[i];
@@ -71,27 +76,25 @@ KERNEL(256, NAMED(QUANTIZE),
     }
     BARRIER();
 
-    u32 x_most = magnitude8(x), z_most = magnitude8(z);
     u32 threads = (1u << shift) / 8;
     if (threads > 256) { // one block of 4096
-        x_most = z_most = max_(x_most, z_most);
+        most[0] = most[1] = max_(most[0], most[1]);
         threads = 256;
     }
-    x_most = set_max(x_most, threads, scratch);
-    z_most = set_max(z_most, threads, scratch);
-    u64 in_block = (1u << shift) - 1;
-    if ((near & in_block) == 0 && near < n) absmax[near >> shift] = as_float(x_most);
-    if ((far & in_block) == 0 && far < n) absmax[far >> shift] = as_float(z_most);
-
-    u64 x_codes = PASTE(NAMED(QUANTIZE), _codes)(x, x_most, kind, borders, (LOCAL const u8*)starts);
-    u64 z_codes = PASTE(NAMED(QUANTIZE), _codes)(z, z_most, kind, borders, (LOCAL const u8*)starts);
-    if (whole) {
-        *(GLOBAL u64*)(out + near) = x_codes;
-        *(GLOBAL u64*)(out + far) = z_codes;
-    } else {
-        for (u32 i = 0; i < 8; i++) {
-            if (near + i < n) out[near + i] = (u8)(x_codes >> 8 * i);
-            if (far + i < n) out[far + i] = (u8)(z_codes >> 8 * i);
+    most[0] = set_max(most[0], threads, scratch);
+    most[1] = set_max(most[1], threads, scratch);
+    UNROLL
+    for (u32 u = 0; u < 2; u++) {
+        u64 at = first + 2048 * u;
+        if ((at & ((1u << shift) - 1)) == 0 && at < n) absmax[at >> shift] = as_float(most[u]);
+        u64 codes = PASTE(NAMED(QUANTIZE), _codes)(x + 8 * u, most[u], kind, borders,
+                                                   (LOCAL const u8*)starts);
+        if (whole) {
+            *(GLOBAL u64*)(out + at) = codes;
+        } else {
+            for (u32 i = 0; i < 8; i++) {
+                if (at + i < n) out[at + i] = (u8)(codes >> 8 * i);
+            }
         }
     }
 }

@@ -38,7 +38,9 @@ impl Entry {
         let (magic, rest) = bytes.split_at_checked(MAGIC.len())?;
         let (checksum, rest) = rest.split_at_checked(16)?;
         let (length, content) = rest.split_at_checked(8)?;
+        // An entry without content has no machine code for a driver to look at.
         let whole = magic == MAGIC
+            && !content.is_empty()
             && length == (content.len() as u64).to_le_bytes()
             && checksum == Hash::of(content).to_le_bytes();
         whole.then(|| bytes.split_off(HEADER))

@@ -189,7 +189,10 @@ pub fn selected() -> Result<Option<Backend>> {
     static SELECTED: OnceLock<Result<Option<Backend>>> = OnceLock::new();
     SELECTED
         .get_or_init(|| match env::var("HALFBYTE_BACKEND") {
-            Err(_) => Ok(None),
+            Err(env::VarError::NotPresent) => Ok(None),
+            Err(env::VarError::NotUnicode(name)) => {
+                Err(Error::Backend { got: name.to_string_lossy().into_owned() })
+            }
             Ok(name) if name.trim().is_empty() => Ok(None),
             Ok(name) => parse(&name).map(Some),
         })

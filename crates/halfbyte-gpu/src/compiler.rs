@@ -152,9 +152,11 @@ impl Compiler {
                 log => format!("{}\n{log}", self.describe(code)),
             }));
         }
-        program
-            .fetch(self.calls.code_size, self.calls.code)
-            .map_err(|code| fail(self.describe(code)))
+        match program.fetch(self.calls.code_size, self.calls.code) {
+            Ok(code) if code.is_empty() => Err(fail("it made no machine code".to_owned())),
+            Ok(code) => Ok(code),
+            Err(code) => Err(fail(self.describe(code))),
+        }
     }
 
     fn describe(&self, code: c_int) -> String {

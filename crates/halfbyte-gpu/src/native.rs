@@ -138,28 +138,30 @@ impl<P: Platform> Drop for Current<'_, P> {
 /// being captured into a graph.
 struct Relaxed {
     calls: &'static Calls,
-    previous: c_int,
+    /// The thread's mode before; none where it was not changed.
+    previous: Option<c_int>,
 }
 
 impl Relaxed {
     fn enter(calls: &'static Calls) -> Self {
-        let mut relaxed = Self { calls, previous: RELAXED };
-        relaxed.exchange();
-        relaxed
+        Self { calls, previous: exchange_capture_mode(calls, RELAXED) }
     }
+}
 
-    fn exchange(&mut self) {
-        if let Some(exchange) = self.calls.exchange_capture_mode {
-            // SAFETY: the mode is read and written during the call only. A failure changes
-            // nothing, and what follows reports it.
-            unsafe { exchange(&raw mut self.previous) };
-        }
-    }
+/// Sets this thread's capture mode and gives the one before. A failure changes nothing, and what
+/// follows reports it.
+fn exchange_capture_mode(calls: &Calls, mut mode: c_int) -> Option<c_int> {
+    let exchange = calls.exchange_capture_mode?;
+    // SAFETY: the mode is read and written during the call only.
+    let code = unsafe { exchange(&raw mut mode) };
+    (code == 0).then_some(mode)
 }
 
 impl Drop for Relaxed {
     fn drop(&mut self) {
-        self.exchange();
+        if let Some(previous) = self.previous {
+            exchange_capture_mode(self.calls, previous);
+        }
     }
 }
 

@@ -55,7 +55,7 @@ impl<T> DeviceSlice<T> {
     /// Size in bytes.
     #[must_use]
     pub const fn bytes(&self) -> u64 {
-        (self.len * size_of::<T>()) as u64
+        self.len.saturating_mul(size_of::<T>()) as u64
     }
 
     /// The elements from `start` on, `len` of them.
@@ -86,7 +86,7 @@ impl DeviceSlice<u8> {
     /// sum over all parts is what a `<op>_workspace` function returns.
     #[must_use]
     pub const fn carved_bytes<U>(len: usize) -> usize {
-        len * size_of::<U>() + Self::CARVE_ALIGNMENT
+        len.saturating_mul(size_of::<U>()).saturating_add(Self::CARVE_ALIGNMENT)
     }
 
     /// Cuts `len` elements of `U` off the front of a workspace, at an address that is a multiple
@@ -97,7 +97,8 @@ impl DeviceSlice<u8> {
     pub fn carve<U>(&mut self, what: &'static str, len: usize) -> Result<DeviceSlice<U>> {
         let alignment = Self::CARVE_ALIGNMENT as u64;
         let pointer = self.pointer.next_multiple_of(alignment);
-        let used = (pointer - self.pointer) as usize + len * size_of::<U>();
+        let padding = (pointer - self.pointer) as usize;
+        let used = len.saturating_mul(size_of::<U>()).saturating_add(padding);
         if used > self.len {
             return Err(Error::Length { what, expected: used, got: self.len });
         }
@@ -166,7 +167,7 @@ impl Floats {
     /// Size in bytes.
     #[must_use]
     pub const fn bytes(&self) -> u64 {
-        (self.len * self.dtype.size()) as u64
+        self.len.saturating_mul(self.dtype.size()) as u64
     }
 }
 

@@ -118,7 +118,8 @@ fn header8() -> String {
             format!("Borders between the values of the {} dynamic map.", name.to_lowercase());
         let array = format!("DYNAMIC_{name}_BORDERS");
         floats(&mut out, &comment, &array, Code8::dynamic(signed).midpoints());
-        let comment = "For each cell, a byte: how many borders above zero lie in the cells below it.";
+        let comment =
+            "For each cell, a byte: how many borders above zero lie in the cells below it.";
         let mut starts = starts8(signed);
         starts.resize(CELLS8.next_multiple_of(4), 0);
         let packed: Vec<String> = starts

@@ -146,7 +146,7 @@ fn unit(dtype: DType) -> f64 {
     }
 }
 
-/// The bound that ops/matmul_4bit.rs states. On the way of float32 products the weight's rounding
+/// The bound that `ops/matmul_4bit.rs` states. On the way of float32 products the weight's rounding
 /// is none, so the bound is not slack there.
 fn check<T: Element + Bits>(case: Case, device: &'static Device) {
     let stream = common::stream(device);

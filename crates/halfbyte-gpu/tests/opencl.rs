@@ -147,7 +147,7 @@ fn integers_are_what_rust_makes_of_them() {
     launch(&stream, c"integers", n / 256, &[a.slice().into(), out.slice().into(), n.into()]);
     let out = out.to_vec(&stream).unwrap();
     for (i, a) in values.into_iter().enumerate() {
-        let product = (u64::from(a) * 0xD2511F53 >> 32) as u32;
+        let product = ((u64::from(a) * 0xD2511F53) >> 32) as u32;
         let finite = u32::from(f32::from_bits(a).is_finite());
         for (k, e) in [product, a.count_ones(), a.leading_zeros(), finite].into_iter().enumerate() {
             assert_eq!(out[k * n + i], e, "operation {k} of {a:#x}");
@@ -199,6 +199,8 @@ fn launches_from_many_threads_keep_their_arguments() {
 
 #[test]
 fn what_does_not_fit_is_refused_with_the_call() {
+    static BROKEN: Source = Source::new("broken", "kernel void f( { }", false, false, &[]);
+    static ELSEWHERE: Source = Source::new("elsewhere", "", false, true, &[]);
     let Some(stream) = stream() else { return };
     let launch = |kernel, grid, args: &[Arg<'_>]| {
         stream.launch(&DIALECT, kernel, grid, args).unwrap_err().to_string()
@@ -213,11 +215,9 @@ fn what_does_not_fit_is_refused_with_the_call() {
     let error = launch(c"together", grid, &[Arg::Pointer(0), Arg::Pointer(0), Arg::U64(0)]);
     assert!(error.contains("clSetKernelArg(together, 2) failed with CL_"), "{error}");
 
-    static BROKEN: Source = Source::new("broken", "kernel void f( { }", false, false, &[]);
     let error = stream.launch(&BROKEN, c"f", grid, &[]).unwrap_err();
     assert!(matches!(error, Error::Compile { source_name: "broken", .. }), "{error}");
     assert!(error.to_string().contains("CL_BUILD_PROGRAM_FAILURE"), "{error}");
-    static ELSEWHERE: Source = Source::new("elsewhere", "", false, true, &[]);
     let error = stream.launch(&ELSEWHERE, c"f", grid, &[]).unwrap_err();
     assert!(matches!(error, Error::CudaOnly { runtime: Runtime::OpenCl, .. }), "{error}");
     let error = opencl_device(1000).unwrap_err();

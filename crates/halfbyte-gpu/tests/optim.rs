@@ -35,7 +35,9 @@ fn every_rule_width_type_rounding_and_size() {
 fn every_architecture() {
     for bits in [8, 32] {
         let case = Case { steps: 2, ..Case::new(Rule::Adam, bits, shapes(&[1, 300, 9000])) };
-        common::devices().into_iter().for_each(|device| case.run(device));
+        for device in common::devices() {
+            case.run(device);
+        }
     }
 }
 
@@ -142,7 +144,7 @@ fn any_codes() {
         let values: Vec<f32> = (0..256).map(value).collect();
         Code8::new(&values).unwrap()
     };
-    let codes = [
+    let codes = vec![
         Code8::new(&linear_map(true, 8, true).unwrap()).unwrap(),
         Code8::new(&linear_map(false, 8, true).unwrap()).unwrap(),
         Code8::new(&dynamic_map(true, 3, 8).unwrap()).unwrap(),
@@ -203,7 +205,7 @@ fn unusual_norms() {
         for rule in [Rule::Adam, Rule::Momentum] {
             let mut case = Case::new(rule, 32, of_one_type(DType::F32, &[40, 300, 300, 600]));
             case.hyper.max_unorm = max_unorm;
-            Case { param_norm, scale, gradient, ..case }.run_on_portable_devices();
+            Case { gradient, param_norm, scale, ..case }.run_on_portable_devices();
         }
     }
 }

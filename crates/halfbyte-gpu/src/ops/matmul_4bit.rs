@@ -36,8 +36,8 @@ use plan::{Machine, Plan, Product};
 /// One launch, or two when the sums are split.
 ///
 /// # Errors
-/// [`Error::Length`](crate::Error::Length) when a buffer has another length, or the workspace is too
-/// short; [`Error::DType`](crate::Error::DType) when `bias` or `out` has another dtype; else what
+/// [`Error::Length`](crate::Error::Length) when a buffer has another length, or the workspace is
+/// too short; [`Error::DType`](crate::Error::DType) when `bias` or `out` has another dtype; else what
 /// loading the kernel or the driver reports.
 pub fn matmul_4bit(
     stream: &Stream,

@@ -48,8 +48,8 @@ pub fn matvec_4bit(
     };
     at_most("n", MATVEC_4BIT_MAX_ROWS, n)?;
     at_most("in_features", u32::MAX as usize, columns)?;
-    check_len("a", n * columns, a.len())?;
-    check_len("out", n * features, out.len())?;
+    check_len("a", n.saturating_mul(columns), a.len())?;
+    check_len("out", n.saturating_mul(features), out.len())?;
     check_dtype("out", a.dtype(), out.dtype())?;
     if let Some(bias) = bias {
         check_len("bias", features, bias.len())?;

@@ -66,6 +66,7 @@ fn child() {
         "other code" => say("CUDA", cuda_device(0).and_then(|device| load(device, &WITH_OTHER))),
         "many threads" => many_threads(),
         "stub" => super::stub::child(),
+        "failing stub" => super::stub::failing_child(),
         other => panic!("no such case: {other}"),
     }
     println!("CPU: {}", if cpu_works() { "ok" } else { "wrong" });

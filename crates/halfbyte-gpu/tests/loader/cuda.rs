@@ -260,3 +260,14 @@ fn the_environment_chooses_the_back_end() {
     set("report", "metal").says(&[bad, "CPU: usable"]);
     set("quantize", "").says(&["CUDA: ok"]);
 }
+
+#[cfg(unix)]
+#[test]
+fn a_back_end_that_is_no_text_is_refused() {
+    use std::os::unix::ffi::OsStrExt;
+    let value = std::ffi::OsStr::from_bytes(b"cud\xff");
+    let message = "HALFBYTE_BACKEND must be one of cpu, cuda, rocm, xpu, got \"cud";
+    for action in ["choose", "quantize", "report"] {
+        Case::emulated(action).set("HALFBYTE_BACKEND", value).says(&[message]);
+    }
+}

@@ -1,6 +1,6 @@
 //! What the tests of `LLM.int8()` share: random codes and activations, lists of columns.
 
-#![allow(dead_code)] // each test file takes what it needs
+#![allow(dead_code, unreachable_pub)] // each test file takes what it needs
 
 use crate::placed::{Bits, Placed};
 use halfbyte_gpu::ops::Outliers;

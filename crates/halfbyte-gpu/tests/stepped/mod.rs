@@ -203,7 +203,9 @@ impl Case {
 
     /// On one device of each runtime.
     pub fn run_on_portable_devices(&self) {
-        common::portable_devices().into_iter().for_each(|device| self.run(device));
+        for device in common::portable_devices() {
+            self.run(device);
+        }
     }
 
     /// Steps on the CPU and on the device, and panics where they differ.

@@ -246,14 +246,19 @@ fn scaled(
         .launch(stream, &Target::Floats(out))
 }
 
+/// Codes of a row in [`int8_linear`]'s workspace.
+const fn stride(columns: usize) -> usize {
+    columns.div_ceil(ALIGNMENT).saturating_mul(ALIGNMENT)
+}
+
 /// Bytes of scratch that [`int8_linear`] takes for `rows` rows of `columns` elements.
 #[must_use]
 pub const fn int8_linear_workspace(rows: usize, columns: usize) -> usize {
-    DeviceSlice::carved_bytes::<i8>(rows * columns.next_multiple_of(ALIGNMENT))
-        + DeviceSlice::carved_bytes::<f32>(rows)
-        + DeviceSlice::carved_bytes::<i32>(columns)
-        + DeviceSlice::carved_bytes::<i32>(1)
-        + rows::int8_vectorwise_quant_workspace(columns)
+    DeviceSlice::carved_bytes::<i8>(rows.saturating_mul(stride(columns)))
+        .saturating_add(DeviceSlice::carved_bytes::<f32>(rows))
+        .saturating_add(DeviceSlice::carved_bytes::<i32>(columns))
+        .saturating_add(DeviceSlice::carved_bytes::<i32>(1))
+        .saturating_add(rows::int8_vectorwise_quant_workspace(columns))
 }
 
 /// A whole `LLM.int8()` layer: quantizes the rows of `input`
@@ -294,7 +299,7 @@ pub fn int8_linear(
     if workspace.len() < needed {
         return Err(Error::Length { what: "workspace", expected: needed, got: workspace.len() });
     }
-    let stride = columns.next_multiple_of(ALIGNMENT);
+    let stride = stride(columns);
     let codes = workspace.carve::<i8>("workspace", rows * stride)?;
     let row_stats = workspace.carve::<f32>("workspace", rows)?;
     let own = Outliers {

@@ -106,13 +106,14 @@ impl Shape {
         1152 + 2 * columns * 128 + self.stages * (columns * 32 + rows * 128)
     }
 
-    /// Groups whose shared memory fits a multiprocessor, which has little more than a group can have.
+    /// Groups whose shared memory fits a multiprocessor, which has little more than one can have.
     const fn resident(&self, machine: &Machine) -> u32 {
         machine.shared_bytes / self.shared_bytes()
     }
 
     pub(super) const fn tiles(&self, product: &Product) -> usize {
-        product.rows.div_ceil(self.rows) * product.columns.div_ceil(self.columns)
+        let columns = product.columns.div_ceil(self.columns);
+        product.rows.div_ceil(self.rows).saturating_mul(columns)
     }
 
     pub(super) fn kernel(&self, grad: bool, dtype: DType) -> &'static CStr {
@@ -268,7 +269,7 @@ mod tests {
         assert_eq!(tiles, [16, 32, 64, 128, 256]);
     }
 
-    /// What tests/matmul_4bit.rs relies on: products small enough for the emulator reach every tile.
+    /// What `tests/matmul_4bit.rs` relies on: products that the emulator can do reach every tile.
     #[test]
     fn four_multiprocessors_reach_every_tile() {
         let emulated = Machine { capability: 80, multiprocessors: 4, shared_bytes: 166_912 };

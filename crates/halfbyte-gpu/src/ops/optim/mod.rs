@@ -170,7 +170,8 @@ fn check_common(
 impl Tensor32 {
     fn check(&self, rule: Rule) -> Result<()> {
         check_common(self.param, self.grad, self.state2.len(), self.rounding, rule)?;
-        check_len("state1", rule.first_states() * self.param.len(), self.state1.len())?;
+        let first = rule.first_states().saturating_mul(self.param.len());
+        check_len("state1", first, self.state1.len())?;
         if let Some(norm) = self.param_norm.filter(|norm| norm.is_sign_negative()) {
             return Err(Error::Argument {
                 what: "param_norm",
@@ -188,7 +189,7 @@ impl Tensor8 {
         let n = self.param.len();
         let (floats, first) = (usize::from(rule.has_float_state()), rule.coded_first_states());
         check_len("float32 state1", floats * n, self.floats.len())?;
-        check_len("state1", first * n, self.state1.len())?;
+        check_len("state1", first.saturating_mul(n), self.state1.len())?;
         let blocks = BLOCK.over(n).count();
         let second = if rule.has_second_state() { blocks } else { 0 };
         check_len("absmax1", first * blocks, self.absmax1.len())?;
