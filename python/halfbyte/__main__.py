@@ -1,6 +1,7 @@
 """``python -m <package>`` says what is installed, what it runs on, and if it works.
 
-Exits with 0 when the self-test passes, else with 1.
+Exits with 0 when the self-test passes and what ``HALFBYTE_BACKEND`` asks for can be used, else
+with 1.
 
 ``python -m <package> outliers --model DIR --text FILE`` runs a causal language model on a text and
 prints what :func:`~.utils.find_outliers` found.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
@@ -48,13 +50,24 @@ def _back_ends() -> None:
 
 
 def _device(back_end: str) -> str | None:
-    """What torch calls the devices of a back end; None when it has none."""
+    """What torch calls the first device of a back end that has kernels; None when it has none."""
     if back_end == "cpu":
         return "cpu"
-    if back_end == "xpu":
-        return "xpu" if hasattr(torch, "xpu") and torch.xpu.is_available() else None
-    is_rocm = torch.version.hip is not None
-    return "cuda" if torch.cuda.is_available() and is_rocm == (back_end == "rocm") else None
+    kind = "xpu" if back_end == "xpu" else "cuda"
+    torch_kind = getattr(torch, kind, None)
+    if torch_kind is None or not torch_kind.is_available():
+        return None
+    if kind == "cuda" and (torch.version.hip is not None) != (back_end == "rocm"):
+        return None
+    for index in range(torch_kind.device_count()):
+        if native.gpu_error(back_end, index) is None:
+            return f"{kind}:{index}" if index else kind
+    return None
+
+
+def _is_met(asked: str) -> bool:
+    """Whether what ``HALFBYTE_BACKEND`` asks for, if anything, can be used."""
+    return not asked or any(usable for name, usable, _ in native.gpu_report() if name == asked)
 
 
 def _round_trip(device: str, quant_type: str, nested: bool, bound: float) -> str:
@@ -231,8 +244,15 @@ def main(argv: Sequence[str] = ()) -> int:
     _section("Back ends")
     _back_ends()
     failed, count = _self_test()
-    print(f"\n{failed} of {count} checks failed" if failed else "\nEverything works.")
-    return 1 if failed else 0
+    asked = os.environ.get("HALFBYTE_BACKEND", "").strip().lower()
+    met = _is_met(asked)
+    if failed:
+        print(f"\n{failed} of {count} checks failed")
+    elif not met:
+        print(f"\nHALFBYTE_BACKEND={asked} asks for what cannot be used here, see above.")
+    else:
+        print("\nEverything works.")
+    return 0 if met and not failed else 1
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ features: set[str] = {"multi_backend"}
 """Capabilities that clients ask for by name."""
 
 supported_torch_devices: set[str] = (
-    {"cpu"} if os.environ.get("HALFBYTE_BACKEND", "").strip() == "cpu" else {"cpu", "cuda", "xpu"}
+    {"cpu"}
+    if os.environ.get("HALFBYTE_BACKEND", "").strip().lower() == "cpu"
+    else {"cpu", "cuda", "xpu"}
 )
 """Device types (``torch.device.type``) that there are kernels for; ``"cuda"`` is ROCm too. What of
 it this machine has, ``python -m halfbyte`` says. ``HALFBYTE_BACKEND=cpu`` leaves the CPU."""

@@ -1026,7 +1026,8 @@ def get_paged(
             folder).
 
     Raises:
-        NotImplementedError: for another device.
+        NotImplementedError: for another device, and a GPU that cannot share pages (under Windows
+            and WSL).
         RuntimeError: when the GPU cannot be used, or the system has no memory for it.
         OSError: when the disk cannot hold it.
     """

@@ -10,6 +10,7 @@ import torch
 from comparison import CLOSE, moved, tensors
 from halfbyte import functional as F
 from halfbyte import optim
+from halfbyte._load import native
 from torch import nn
 
 SHAPES = [(64, 80), (7, 3), (300, 33)]
@@ -143,6 +144,59 @@ def test_paged_states_are_managed_memory(calls):
     optimizer.step()
     assert not any(line.startswith("cuMemAlloc") for line in calls())
     assert (p < 1).all()
+
+
+def test_a_gpu_without_managed_memory_pages_nothing(monkeypatch):
+    """Windows and WSL: states are ordinary tensors, and a warning says so."""
+
+    def refuse(*_: object) -> None:
+        raise NotImplementedError("CUDA cannot share pages")
+
+    def stepped(make) -> torch.Tensor:
+        p = nn.Parameter(torch.ones(100_001, device="cuda"))
+        p.grad = torch.linspace(-1, 1, p.numel(), device="cuda")
+        optimizer = make([p], lr=0.1)
+        optimizer.step()
+        again = make([p], lr=0.1)
+        again.load_state_dict(optimizer.state_dict())
+        assert not any(getattr(s, "is_paged", False) for s in again.state[p].values())
+        again.step()
+        return p.detach()
+
+    want = stepped(optim.AdamW8bit)
+    monkeypatch.setattr(native, "managed_zeros", refuse)
+    with pytest.warns(RuntimeWarning, match="cuda:0 instead of in paged memory: CUDA cannot"):
+        got = stepped(optim.PagedAdamW8bit)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.emulator
+def test_nothing_is_prefetched_in_a_graph(cuda_python, tmp_path):
+    """A graph cannot hold the driver's prefetch, which would end the capture."""
+    log = tmp_path / "driver.log"
+    code = f"""
+from halfbyte import optim
+from halfbyte._load import native
+log = open({str(log)!r})
+p = torch.nn.Parameter(torch.ones(100_001, device="cuda"))
+p.grad = torch.ones_like(p)
+optimizer = optim.PagedLion8bit([p], lr=0.1)
+side = torch.cuda.Stream()
+with torch.cuda.stream(side):
+    optimizer.step()
+torch.cuda.synchronize()
+print("cuMemPrefetchAsync" in log.read())
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    optimizer.step()
+print("cuMemPrefetchAsync" in log.read())
+before = p.detach().clone()
+graph.replay()
+torch.cuda.synchronize()
+print(bool((p < before).all()))
+"""
+    log.touch()
+    assert cuda_python(code, HALFBYTE_EMULATOR_LOG=str(log)) == "True\nFalse\nTrue\n"
 
 
 def test_gradients_of_inf_and_nan_leave_an_element_alone():

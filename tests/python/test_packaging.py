@@ -219,6 +219,17 @@ def test_diagnostics(capsys):
     check_diagnostics(capsys.readouterr().out, "halfbyte")
 
 
+@pytest.mark.parametrize("asked", ["rocm", "gpu"])
+def test_diagnostics_miss_what_was_asked_for(python, monkeypatch, asked):
+    monkeypatch.setenv("HALFBYTE_BACKEND", asked)
+    monkeypatch.setenv("HALFBYTE_HIP", "/nonexistent/libamdhip64.so")
+    code = "from halfbyte import __main__ as main\nmain._TESTS = []\nprint(main.main(), end='')"
+    out = python(code)
+    assert out.endswith(
+        f"HALFBYTE_BACKEND={asked} asks for what cannot be used here, see above.\n1"
+    )
+
+
 def test_failed_diagnostics(capsys, monkeypatch):
     main = importlib.import_module("halfbyte.__main__")
 

@@ -13,7 +13,7 @@
 
 #define SUM_THREADS 128
 #define DIGITS 9
-#define WORDS 10 // digits, then flags
+#define WORDS 10 // digits, then flags; in the end, one more digit
 #define POSITIVE_INFINITY 1
 #define NEGATIVE_INFINITY 2
 #define NOT_A_NUMBER 4
@@ -52,10 +52,11 @@ KERNEL(128, absmax_sum, (GLOBAL const float* absmax, u64 n, GLOBAL i64* sums)) {
     }
 }
 
-// The digits divided by count, rounded to nearest even: see the core's double_quant.rs.
+// The digits divided by count, rounded to nearest even: see the core's double_quant.rs. A sum of
+// 2^31 of the largest values has 309 bits with its sign: there is a digit more for it.
 DEVICE float divide(LOCAL i64* digits, u64 count) {
     i64 carry = 0;
-    for (u32 d = 0; d < DIGITS; d++) {
+    for (u32 d = 0; d < WORDS; d++) {
         carry += digits[d];
         digits[d] = carry & 0xFFFFFFFF;
         carry >>= 32;
@@ -65,25 +66,25 @@ DEVICE float divide(LOCAL i64* digits, u64 count) {
         // Two's complement of all digits.
         sign = 0x80000000u;
         i64 one = 1;
-        for (u32 d = 0; d < DIGITS; d++) {
+        for (u32 d = 0; d < WORDS; d++) {
             one += ~digits[d] & 0xFFFFFFFF;
             digits[d] = one & 0xFFFFFFFF;
             one >>= 32;
         }
     }
     u64 remainder = 0; // below count, which is below 2^32
-    for (u32 d = DIGITS; d-- > 0;) {
+    for (u32 d = WORDS; d-- > 0;) {
         u64 dividend = remainder << 32 | (u64)digits[d];
         digits[d] = (i64)(dividend / count);
         remainder = dividend % count;
     }
-    u32 top = DIGITS - 1;
+    u32 top = WORDS - 1;
     while (top > 0 && digits[top] == 0) top--;
     u32 length = 32 * top + 32 - (u32)clz_((u32)digits[top]);
     u32 shift = length > 24 ? length - 24 : 0;
     // The 24 bits from the highest on, or from the unit on.
     u32 first = shift / 32;
-    u64 above = first + 1 < DIGITS ? (u64)digits[first + 1] << 32 : 0;
+    u64 above = first + 1 < WORDS ? (u64)digits[first + 1] << 32 : 0;
     u32 mantissa = (u32)((above | (u64)digits[first]) >> shift % 32) & 0xFFFFFFu;
     // The leading one of the mantissa adds 1 to the exponent field; that of a subnormal is 0.
     u32 bits = (shift << 23) + mantissa;
@@ -113,7 +114,9 @@ KERNEL(128, absmax_mean, (GLOBAL const i64* sums, u32 groups, u64 n, GLOBAL floa
     }
     BARRIER();
     if (THREAD != 0) return;
-    switch ((u32)total[DIGITS]) {
+    u32 seen = (u32)total[DIGITS];
+    total[DIGITS] = 0;
+    switch (seen) {
     case 0: offset[0] = n ? divide(total, n) : 0.0f; break;
     case POSITIVE_INFINITY: offset[0] = as_float(0x7F800000u); break;
     case NEGATIVE_INFINITY: offset[0] = as_float(0xFF800000u); break;

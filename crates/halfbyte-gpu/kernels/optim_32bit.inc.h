@@ -44,10 +44,13 @@ DEVICE void RULED(block32)(GLOBAL const struct Header* h, GLOBAL const struct Te
 
 // Groups take chunks in turn; the eight warps of a group take the chunk's blocks in turn.
 DEVICE void RULED(step32)(GLOBAL const struct Header* h, GLOBAL const struct Tensor* tensors) {
+    // Loaded here: clang for AMD would choose between two addresses below, and for that have each
+    // thread copy the table.
+    const float common = h->rate;
     for (u64 unit = GROUP; unit < h->units; unit += GROUPS) {
         const u32 index = tensor_of(tensors, h->tensors, (u32)unit);
         GLOBAL const struct Tensor* t = tensors + index;
-        const float rate = h->rates != 0 ? ADDRESS(const float, h->rates)[index] : h->rate;
+        const float rate = h->rates != 0 ? ADDRESS(const float, h->rates)[index] : common;
         const u64 first = (unit - t->first) * CHUNK;
         for (u32 round = 0; round < CHUNK; round += WARPS) {
             const u64 block = first + round + THREAD / 32, start = block * BLOCK;

@@ -36,7 +36,9 @@ DEVICE void trust(GLOBAL const struct Header* h, GLOBAL const struct Tensor* ten
     if (THREAD < 2) totals[THREAD] = double_sqrt(sum);
     BARRIER();
     if (THREAD != 0) return;
-    const u64 norm = totals[0], param = (t->flags & NORM_GIVEN) != 0 ? t->absmax2 : totals[1];
+    // Loaded before the choice: clang would choose between addresses, and copy the table for that.
+    const u64 norm = totals[0], own = totals[1], given = t->absmax2;
+    const u64 param = (t->flags & NORM_GIVEN) != 0 ? given : own;
     const u64 bound = double_multiply(h->max_unorm, param);
     u64 ratio = DOUBLE_ONE;
     if (norm <= DOUBLE_INFINITY && norm > bound) ratio = double_divide(bound, norm);

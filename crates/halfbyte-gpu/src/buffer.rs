@@ -215,7 +215,7 @@ impl ManagedBuffer {
     }
 
     /// Asks for all pages to be moved to the device, in the stream's order. A hint: where it
-    /// cannot be followed, pages move when they are touched.
+    /// cannot be followed, as in a graph that is being captured, pages move when they are touched.
     ///
     /// # Errors
     /// What the driver reports.

@@ -343,6 +343,10 @@ impl<P: Platform> Driver for Native<P> {
         to_device: bool,
     ) -> Result<()> {
         let Some(prefetch) = self.0.calls().prefetch else { return Ok(()) };
+        // SAFETY: by the caller's contract.
+        if unsafe { self.is_capturing(stream)? } {
+            return Ok(()); // a graph cannot hold it, and a refusal would end the capture
+        }
         let _current = Current::enter(&self.0)?;
         let place = if to_device { self.0.ordinal() } else { HOST };
         // SAFETY: the range is managed memory by the caller's contract.

@@ -25,7 +25,7 @@ use stepped::{Case, Rounded, Shape};
 const CAPABILITIES: [u32; 7] = [75, 80, 86, 89, 90, 100, 120];
 const ORDERS: [&str; 4] = ["up", "down", "random:1", "random:77"];
 /// Cases of the test.
-const CASES: u64 = 260;
+const CASES: u64 = 400;
 
 /// `$f::<T>($arguments)` for one of the dtypes.
 macro_rules! by_dtype {
@@ -143,7 +143,8 @@ impl Host {
             (floats(blocks.count()), floats(second.over(blocks.count()).count()));
         let offset = floats(1)[0];
         let own = fixed(&floats(16));
-        let code2 = if draw.coin() { *Code8::dynamic(true).values() } else { fixed(&draw.tame(256)) };
+        let code2 =
+            if draw.coin() { *Code8::dynamic(true).values() } else { fixed(&draw.tame(256)) };
         Self {
             packed: draw.bytes(blocks.packed_len()),
             absmax8: draw.bytes(blocks.count()),
@@ -236,9 +237,7 @@ fn blockwise<T: Element + Bits>(draw: &mut Draw, device: &'static Device) {
     let (q, scales) = (draw.room(&stream, len), draw.room(&stream, absmax.len()));
     let (into, to) = (q.slice(), scales.slice());
     let map = table.slice();
-    draw.run(&stream, || {
-        ops::quantize_blockwise(&stream, x.floats(), map, blocksize, into, to)
-    });
+    draw.run(&stream, || ops::quantize_blockwise(&stream, x.floats(), map, blocksize, into, to));
     let at = format!("{} {} {len} {blocksize:?}", draw.at, T::DTYPE);
     assert_same(&scales.read(&stream), &absmax, &at);
     let got = q.read(&stream);
@@ -307,9 +306,12 @@ fn product_4bit<T: Element + Bits>(draw: &mut Draw, device: &'static Device) {
         let scratch = draw.room::<u8>(&stream, bytes);
         let (a, out, work) = (x.floats(), y.floats(), scratch.slice());
         let b = b.as_ref().map(Placed::floats);
-        draw.run(&stream, || match grad {
-            true => ops::matmul_4bit_grad_input(&stream, a, rows, &on_device, out, work),
-            false => ops::matmul_4bit(&stream, a, rows, &on_device, b, out, work),
+        draw.run(&stream, || {
+            if grad {
+                ops::matmul_4bit_grad_input(&stream, a, rows, &on_device, out, work)
+            } else {
+                ops::matmul_4bit(&stream, a, rows, &on_device, b, out, work)
+            }
         });
         scratch.read(&stream);
         let at = format!(
@@ -325,7 +327,13 @@ fn product_4bit<T: Element + Bits>(draw: &mut Draw, device: &'static Device) {
             });
             let bias = bias.as_ref().map_or(0.0, |bias| bias[column].to_f32());
             let rounded = device.capability() >= 75;
-            drawn::assert_near::<T>(*got, terms, bias, rounded, &format!("{at}: [{row}, {column}]"));
+            drawn::assert_near::<T>(
+                *got,
+                terms,
+                bias,
+                rounded,
+                &format!("{at}: [{row}, {column}]"),
+            );
         }
     }
 }
@@ -344,8 +352,8 @@ fn int8_rows<T: Element + Bits>(draw: &mut Draw, device: &'static Device) {
     let rule = NonFinite::Propagate;
     let (to, to_stats) = (&mut codes, &mut stats);
     let (down, most) = (&mut by_column, &mut maxima);
-    let found =
-        halfbyte::int8_double_quant(&a, columns, threshold, rule, to, down, to_stats, most).unwrap();
+    let found = halfbyte::int8_double_quant(&a, columns, threshold, rule, to, down, to_stats, most)
+        .unwrap();
     let x = draw.place(&stream, &a);
     let (q, p) = (draw.room(&stream, len), draw.room(&stream, len));
     let (r, c) = (draw.room(&stream, rows), draw.room(&stream, columns));
@@ -356,13 +364,16 @@ fn int8_rows<T: Element + Bits>(draw: &mut Draw, device: &'static Device) {
     let at = format!("{} {} {rows}x{columns} from {threshold}", draw.at, T::DTYPE);
     for double in [false, true] {
         let (a, down, most) = (x.floats(), p.slice(), c.slice());
-        draw.run(&stream, || match double {
-            true => ops::int8_double_quant(
-                &stream, a, columns, threshold, into, down, stats_to, most, asked, work,
-            ),
-            false => ops::int8_vectorwise_quant(
-                &stream, a, columns, threshold, into, stats_to, asked, work,
-            ),
+        draw.run(&stream, || {
+            if double {
+                ops::int8_double_quant(
+                    &stream, a, columns, threshold, into, down, stats_to, most, asked, work,
+                )
+            } else {
+                ops::int8_vectorwise_quant(
+                    &stream, a, columns, threshold, into, stats_to, asked, work,
+                )
+            }
         });
         assert_same(&r.read(&stream), &stats, &format!("statistics, {double}, {at}"));
         assert!(q.read(&stream) == codes, "codes, {double}, {at}");

@@ -73,6 +73,9 @@ fn means_at_the_edges() {
         &[1.0, 1.0f32.next_up(), tiny],
         &[f32::MAX; 7],
         &[f32::MIN; 7],
+        // More bits than a float's exponents span.
+        &[f32::MAX; 4000],
+        &[f32::MIN; 4000],
         &[f32::MAX, f32::MIN, tiny],
         &[f32::MAX, f32::MIN, -tiny, -tiny],
         &[1e30, 1.0, -1e30],

@@ -76,7 +76,7 @@ impl Buffers {
     fn workspace(&mut self, len: usize) -> DeviceSlice<u8> {
         let mut given = len;
         if self.is_wrong() && len > 0 && self.wrong.1 == Wrong::Short {
-            (given, self.name) = (len / 2, Some("workspace"));
+            (given, self.name) = (len / 4, Some("workspace"));
         }
         // SAFETY: nothing is launched with it.
         unsafe { DeviceSlice::new(64, given) }
@@ -265,15 +265,15 @@ fn a_wrong_buffer_is_named_before_anything_is_launched() {
                         assert_eq!((*what, wrong), (expected, Wrong::DType), "{at}: {error}");
                         refused += 1;
                     }
-                    // Without a fault it gets as far as the launch.
-                    (Error::Call { .. }, None) => {}
+                    // Without a fault it gets as far as the launch; and the others may fit it.
+                    (Error::Call { .. }, None | Some("")) => {}
                     _ => panic!("{at}: {error}"),
                 }
                 if buffers.asked <= i {
                     break;
                 }
             }
-            assert!(refused >= 2 || wrong == Wrong::DType, "{at}", at = launcher);
+            assert!(refused >= 2 || wrong == Wrong::DType, "{launcher}: {refused}");
         }
     }
 }
@@ -286,8 +286,8 @@ fn no_size_makes_a_panic() {
     }
     let stream = stream();
     let device = stream.device();
-    const MOST: usize = usize::MAX;
-    for n in [MOST, MOST - 1, MOST / 2, 1 << 62, 1 << 60, 1 << 44] {
+    let most = usize::MAX;
+    for n in [most, most - 1, most / 2, 1 << 62, 1 << 60, 1 << 44] {
         // SAFETY: nothing is launched with them.
         let (floats, bytes) =
             unsafe { (Floats::new(64, n, DType::F32), |len| DeviceSlice::<u8>::new(64, len)) };

@@ -1,9 +1,10 @@
 //! The functions that `halfbyte._native` exports. Described for Python in `_native.pyi`.
 
 use crate::device::Device;
+use crate::error::Error;
 use crate::{error, experts, gpu, int8, int8_products, ops, optim, products, shim, weight};
 use halfbyte::{Code4, code};
-use pyo3::exceptions::{PyImportError, PyRuntimeError, PyValueError};
+use pyo3::exceptions::{PyImportError, PyNotImplementedError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use std::collections::BTreeSet;
 use std::ffi::{CStr, CString};
@@ -186,7 +187,7 @@ pub(crate) fn take_symbol_error() -> Option<String> {
 }
 
 /// A `DLPack` capsule of a uint8 vector of `bytes` zeros in memory that the host and the GPU `index`
-/// of `kind` (`"cuda"` or `"xpu"`) share by page.
+/// of `kind` (`"cuda"` or `"xpu"`) share by page. `NotImplementedError` where they share none.
 #[pyfunction]
 pub(crate) fn managed_zeros(
     py: Python<'_>,
@@ -194,7 +195,12 @@ pub(crate) fn managed_zeros(
     kind: &str,
     index: i32,
 ) -> PyResult<Py<PyAny>> {
-    gpu::managed::managed_zeros(py, bytes, gpu_device(kind, index)?).map_err(runtime)
+    gpu::managed::managed_zeros(py, bytes, gpu_device(kind, index)?).map_err(|error| match error {
+        Error::Gpu(halfbyte_gpu::Error::Unsupported { .. }) => {
+            PyNotImplementedError::new_err(error.to_string())
+        }
+        error => runtime(error),
+    })
 }
 
 /// Whether the memory at an address came from [`managed_zeros`].

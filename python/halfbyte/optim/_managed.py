@@ -32,7 +32,8 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     """A contiguous tensor of zeros on a GPU, with ``is_paged`` and ``page_deviceid`` set.
 
     Raises:
-        NotImplementedError: for a device that is no GPU with kernels.
+        NotImplementedError: for a device that is no GPU with kernels, or one that cannot share
+            pages with the host while it computes (under Windows and WSL).
         RuntimeError: when the GPU cannot be used, or the system has no memory for it.
     """
     from ._paged import mark

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import numbers
+import warnings
 import weakref
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from inspect import unwrap
 from itertools import chain
@@ -582,14 +583,29 @@ class Optimizer8bit(torch.optim.Optimizer):
                 # Nothing of it is in memory yet: the first step will touch it.
                 native.prefer_huge_pages(zeros.data_ptr(), zeros.nbytes)
             return zeros
-        buffer = F.get_paged(*shape, dtype=dtype, device=p.device)
+        return self._paged_zeros(shape, dtype, p.device)
+
+    def _paged_zeros(
+        self, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """Paged zeros; ordinary ones, with a warning, on a GPU that cannot share its pages."""
+        try:
+            buffer = F.get_paged(*shape, dtype=dtype, device=device)
+        except NotImplementedError as error:
+            if device.type not in _managed.KINDS:
+                raise
+            warnings.warn(
+                f"{type(self).__name__} keeps its states on {device} instead of in paged memory: "
+                f"{error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return torch.zeros(tuple(shape), dtype=dtype, device=device)
         self.page_mng.paged_tensors.append(buffer)
         return buffer
 
     def _paged_copy(self, value: Tensor, device: torch.device) -> Tensor:
-        paged = F.get_paged(*value.shape, dtype=value.dtype, device=device)
-        self.page_mng.paged_tensors.append(paged)
-        return paged.copy_(value.detach())
+        return self._paged_zeros(value.shape, value.dtype, device).copy_(value.detach())
 
     def _pages(self, p: Tensor) -> bool:
         return self.is_paged and p.numel() >= _paged.MIN_ELEMENTS

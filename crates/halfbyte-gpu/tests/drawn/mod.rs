@@ -105,7 +105,7 @@ impl Draw {
             1.0,
         ];
         let kind = self.below(9);
-        let scale = self.one(&[1e-44, 1e-39, 3e-38, 1e-20, 1e-7, 1e4, 1e30, 6e38]);
+        let scale = self.one(&[1e-44, 1e-39, 3e-38, 1e-20, 1e-7, 1e4, 1e30, 3e38]);
         let same = self.one(&SPECIAL);
         let rare = 2 + self.below(300);
         let mut all: Vec<f32> = (0..len)

@@ -34,7 +34,7 @@ R cuModuleGetFunction(H* f, H m, const char* n) { FAILS; return *f = (H)n, 0; }
 R cuLaunchKernel(H f, unsigned x, unsigned y, unsigned z, unsigned a, unsigned b, unsigned c, unsigned s, H q, H* args, H* extra) { FAILS; return 0; }
 R cuStreamCreate(H* s, unsigned f) { FAILS; return *s = (H)128, 0; }
 R cuStreamSynchronize(H s) { FAILS; return 0; }
-R cuStreamIsCapturing(H s, int* v) { FAILS; return *v = 1, 0; }
+R cuStreamIsCapturing(H s, int* v) { FAILS; return *v = s != 0, 0; }
 R cuThreadExchangeStreamCaptureMode(int* m) { FAILS;
     int before = mode;
     return mode = *m, *m = before, 0;

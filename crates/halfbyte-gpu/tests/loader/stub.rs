@@ -84,6 +84,10 @@ pub(super) fn failing_child() {
         }
         // SAFETY: both only answer.
         assert_eq!(unsafe { (current(), mode()) }, (0, 0), "after {name} failed");
+        // The first four are called until the device is made, and never again.
+        if name.starts_with("cuDevice") && name != "cuDevicePrimaryCtxRetain" {
+            continue;
+        }
         everything(source).unwrap_or_else(|error| panic!("after {name} failed: {error}"));
     }
     // A capture mode that cannot be changed is left as it is, and loading says why it fails.
@@ -106,7 +110,9 @@ fn everything(source: &'static Source) -> Result<()> {
     stream.is_capturing()?;
     assert_eq!(buffer.to_vec(&stream)?, [1, 2, 3]);
     let managed = ManagedBuffer::zeroed(device, 64)?;
-    managed.prefetch_to_device(&stream)?;
+    // Every stream of the stub is being captured, but for the default one: no prefetch there.
+    // SAFETY: null is the default stream.
+    managed.prefetch_to_device(&unsafe { Stream::from_raw(device, ptr::null_mut()) })?;
     stream.synchronize()?;
     cuda_device_of(buffer.slice().pointer())?;
     Ok(())
