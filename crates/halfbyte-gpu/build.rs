@@ -4,6 +4,8 @@
 
 #[path = "build/nvrtc.rs"]
 mod nvrtc;
+#[path = "build/pack.rs"]
+mod pack;
 #[path = "build/spirv.rs"]
 mod spirv;
 
@@ -54,9 +56,8 @@ fn main() {
         fs::write(&expanded, &unit.text).expect("OUT_DIR can be written to");
         if let Some(clang) = clang.as_ref().filter(|_| !cuda_only) {
             let code = spirv::compile(clang, &here, &expanded);
-            let file = out.join(format!("{name}.spirv.z"));
-            fs::write(&file, miniz_oxide::deflate::compress_to_vec(&code, 9))
-                .expect("OUT_DIR can be written to");
+            let file = out.join(format!("{name}.spirv.lzma"));
+            fs::write(&file, pack::pack(&code)).expect("OUT_DIR can be written to");
             let _ = writeln!(spirv, "    ({name:?}, include_bytes!({})),", literal(&file));
         }
 
@@ -79,7 +80,7 @@ fn main() {
         writeln!(table, "/// All of them.\npub static ALL: &[&Source] = &[{}];", all.join(", "));
     fs::write(out.join("sources.rs"), table).expect("OUT_DIR can be written to");
     let spirv = format!(
-        "/// SPIR-V of the portable sources, deflated. Empty when the build had no `SPIRV_CLANG`.\n\
+        "/// SPIR-V of the portable sources, packed. Empty when the build had no `SPIRV_CLANG`.\n\
          pub(super) static SPIRV: &[(&str, &[u8])] = &[\n{spirv}];\n"
     );
     fs::write(out.join("spirv.rs"), spirv).expect("OUT_DIR can be written to");

@@ -35,11 +35,11 @@ struct Job<'a> {
     unit: &'a Unit,
     architecture: &'static str,
     options: Vec<String>,
-    /// Where the deflated cubin is kept.
+    /// Where the packed cubin is kept.
     kept: PathBuf,
 }
 
-/// Deflated cubins of all units, in their order, each for all of [`ARCHITECTURES`].
+/// Packed cubins of all units, in their order, each for all of [`ARCHITECTURES`].
 ///
 /// # Panics
 /// With the compiler's log when a unit does not compile.
@@ -56,7 +56,8 @@ pub(crate) fn compile(library: &Path, units: &[Unit], kept: &Path) -> Vec<Vec<Pa
             let options = options(architecture, unit.exact);
             let mut hash = DefaultHasher::new();
             (version, &options, &unit.text).hash(&mut hash);
-            let kept = kept.join(format!("{}.{architecture}.{:016x}.z", unit.name, hash.finish()));
+            let kept =
+                kept.join(format!("{}.{architecture}.{:016x}.lzma", unit.name, hash.finish()));
             Job { unit, architecture, options, kept }
         })
         .collect();
@@ -184,6 +185,6 @@ impl Nvrtc {
         let text = String::from_utf8_lossy(&log);
         assert_eq!(status, 0, "{}.cu for {}:\n{text}", job.unit.name, job.architecture);
         write(&job.kept.with_extension("log"), text.trim_end_matches('\0').as_bytes());
-        write(&job.kept, &miniz_oxide::deflate::compress_to_vec(&cubin, 9));
+        write(&job.kept, &crate::pack::pack(&cubin));
     }
 }

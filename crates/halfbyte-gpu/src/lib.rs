@@ -32,6 +32,7 @@ mod module;
 mod native;
 mod opencl;
 pub mod ops;
+mod packed;
 mod slice;
 pub mod sources;
 mod stream;

@@ -18,7 +18,7 @@ pub struct Source {
     pub exact: bool,
     /// True for what only CUDA can compile.
     pub cuda_only: bool,
-    /// Machine code per compute capability (75, 80, ...), deflated. Empty when the build had no
+    /// Machine code per compute capability (75, 80, ...), packed. Empty when the build had no
     /// NVRTC.
     pub cubins: &'static [(u32, &'static [u8])],
 }

@@ -5,6 +5,7 @@ use crate::device::{Module, Runtime};
 use crate::error::{Error, Result};
 use crate::module::Source;
 use crate::native::{Calls, Handle, Platform};
+use crate::packed::unpack;
 use std::ffi::c_int;
 use std::ptr;
 
@@ -86,16 +87,14 @@ impl Platform for CudaDevice {
         match embedded(source, self.capability) {
             None if source.cubins.is_empty() => reasons.push("this build holds none".to_owned()),
             None => reasons.push("this build holds none for this architecture".to_owned()),
-            Some((made_for, deflated)) => match inflate(deflated).map(|cubin| load(&cubin)) {
-                Some(Ok(module)) => return Ok(module),
-                Some(Err(Error::Call { code, name, .. }))
-                    if driver::IMAGE_ERRORS.contains(&code) =>
-                {
+            Some((made_for, packed)) => match unpack(packed).map(|cubin| load(&cubin)) {
+                Ok(Ok(module)) => return Ok(module),
+                Ok(Err(Error::Call { code, name, .. })) if driver::IMAGE_ERRORS.contains(&code) => {
                     reasons
                         .push(format!("that for sm_{made_for} in this build was refused ({name})"));
                 }
-                Some(Err(error)) => return Err(error),
-                None => reasons.push(format!("that for sm_{made_for} in this build is damaged")),
+                Ok(Err(error)) => return Err(error),
+                Err(_) => reasons.push(format!("that for sm_{made_for} in this build is damaged")),
             },
         }
         match nvrtc::compiler_for(self.cuda.version, self.capability) {
@@ -131,9 +130,4 @@ impl Platform for CudaDevice {
             };
         }
     }
-}
-
-/// What `build.rs` deflated; none when it is damaged.
-fn inflate(deflated: &[u8]) -> Option<Vec<u8>> {
-    miniz_oxide::inflate::decompress_to_vec(deflated).ok()
 }

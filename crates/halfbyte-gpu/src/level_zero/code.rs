@@ -9,6 +9,7 @@ use crate::cache::Entry;
 use crate::error::{Error, Result};
 use crate::library::{Candidate, Library, dynlib};
 use crate::module::Source;
+use crate::packed::unpack;
 use std::ffi::{CStr, c_char, c_int, c_uint};
 use std::{ptr, slice};
 
@@ -45,7 +46,7 @@ dynlib! {
 /// SPIR-V of `source`.
 pub(super) fn spirv(source: &Source) -> Result<Vec<u8>> {
     let embedded = SPIRV.iter().find(|(name, _)| *name == source.name);
-    let reason = match embedded.map(|(_, code)| miniz_oxide::inflate::decompress_to_vec(code)) {
+    let reason = match embedded.map(|(_, code)| unpack(code)) {
         Some(Ok(code)) => return Ok(code),
         Some(Err(error)) => format!("this build's SPIR-V is damaged: {error}"),
         None => "this build has no SPIR-V".into(),

@@ -8,9 +8,10 @@ use halfbyte_gpu::{
 use std::env;
 use std::fs;
 
-/// Machine code that is none (`XXXX`, deflated as one stored block).
-const REFUSED: &[u8] = b"\x01\x04\x00\xfb\xffXXXX";
-/// What does not inflate.
+/// Machine code that is none: `XXXX`, packed.
+pub(crate) const REFUSED: &[u8] =
+    b"\x5d\x00\x10\x00\x00\xff\xff\xff\xff\xff\xff\xff\xff\x00\x2c\x68\xbd\xff\xff\xff\xff\xe0\0\0\0";
+/// What is not packed.
 const DAMAGED: &[u8] = b"\xff\xff";
 
 static WITH_REFUSED: Source = Source::new("quantize_4bit", "text", true, false, &[(80, REFUSED)]);

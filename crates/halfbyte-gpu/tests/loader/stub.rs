@@ -1,5 +1,6 @@
 //! A driver in C that does nothing: contexts, capture, and what a launch costs.
 
+use crate::child::REFUSED;
 use crate::{Case, shared_library};
 use halfbyte_gpu::{
     Arg, DeviceBuffer, Grid, ManagedBuffer, Result, Source, Stream, cuda_device, cuda_device_of,
@@ -10,13 +11,12 @@ use std::path::Path;
 use std::ptr;
 use std::time::Instant;
 
-/// Machine code that the stub does not look at (four bytes, deflated as one stored block).
-static CODE: Source =
-    Source::new("stub", "text", true, false, &[(80, b"\x01\x04\x00\xfb\xffXXXX")]);
+/// Machine code that the stub does not look at (four bytes, packed).
+static CODE: Source = Source::new("stub", "text", true, false, &[(80, REFUSED)]);
 
 /// The same many times: a source is loaded once.
 static CODES: [Source; 32] =
-    [const { Source::new("stub", "text", true, false, &[(80, b"\x01\x04\x00\xfb\xffXXXX")]) }; 32];
+    [const { Source::new("stub", "text", true, false, &[(80, REFUSED)]) }; 32];
 
 /// Functions of the driver in the order of their first use, and whether their failure is an error:
 /// where it is not, there is nothing that a caller could do, or a later call reports it.
