@@ -147,9 +147,9 @@ two-hosts: $(STAMPS)/install
 	@$(PY) bench/distributed.py hosts $(ARGS)
 
 docs: $(STAMPS)/install
-	@RUSTDOCFLAGS="-D warnings" cargo doc --quiet --no-deps -p halfbyte
+	@$(COMPILERS) RUSTDOCFLAGS="-D warnings" cargo doc --quiet --no-deps -p halfbyte -p halfbyte-gpu
 	@$(PY) -m pdoc --output-directory docs/site halfbyte halfbyte.distributed >/dev/null
-	@echo "Rust: target/doc/halfbyte/index.html   Python: docs/site/index.html   guide: docs/"
+	@echo "Rust: target/doc/halfbyte/index.html, halfbyte_gpu   Python: docs/site/index.html   guide: docs/"
 
 clean:
 	@rm -rf target $(VENV) $(PEER) $(STAMPS) docs/site demo/out
