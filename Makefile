@@ -56,6 +56,7 @@ $(STAMPS)/install: $(STAMPS)/venv $(SOURCES)
 	@mkdir -p target && $(COMPILERS) $(VENV)/bin/maturin build --release --out target/wheels --interpreter $(PY) \
 	  >target/maturin.log 2>&1 || { cat target/maturin.log; exit 1; }
 	@$(UV) pip install --quiet --python $(PY) --reinstall --no-deps target/wheels/*.whl ./python/bitsandbytes
+	@$(PY) -m compileall -q $(SITE)/halfbyte # as pip does, and uv does not
 	@touch $@
 
 install: $(STAMPS)/install

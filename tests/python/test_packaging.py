@@ -147,8 +147,8 @@ print(spent)
 
 @pytest.mark.parametrize("package", ["halfbyte", "bitsandbytes"])
 def test_import_is_light(python, package):
-    # CPU time, the best of up to eight tries: a busy neighbour on the core makes it longer by half.
-    tries = (float(python(LIGHT.format(package=package))) for _ in range(8))
+    # CPU time, up to three tries: the machine may be busy.
+    tries = (float(python(LIGHT.format(package=package))) for _ in range(3))
     assert any(spent < 0.2 for spent in tries)
 
 
