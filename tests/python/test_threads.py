@@ -150,7 +150,7 @@ def test_gradients_on_a_thread_of_its_own():
 def test_whose_threads_do_the_work(python):
     # One call, before which nothing ran in parallel (hence no zeros); then one in a child.
     out = python("""
-import os, torch
+import os, time, torch
 from halfbyte import _ops
 torch.set_num_threads(3)
 packed, absmax = torch.empty(1 << 19, dtype=torch.uint8), torch.empty(1 << 14)
@@ -159,16 +159,22 @@ def threads():
     tasks = [f"/proc/self/task/{task}/comm" for task in os.listdir("/proc/self/task")]
     return [open(task).read().strip() for task in tasks]
 
-def started():
+def started(of_ours):
     before = threads()
     torch.ops.halfbyte.dequantize_4bit(packed, absmax, 64, "nf4", [1 << 20], torch.float32)
-    after = threads()
-    return len(after) - len(before), sum(name.startswith("halfbyte-") for name in after)
+    # A thread names itself when it first runs, which may be after the call.
+    deadline = time.monotonic() + 60
+    while True:
+        after = threads()
+        named = sum(name.startswith("halfbyte-") for name in after)
+        if named >= of_ours or time.monotonic() > deadline:
+            return len(after) - len(before), named
+        time.sleep(0.01)
 
-print(*started(), flush=True)
+print(*started(0), flush=True)
 pid = os.fork()
 if pid == 0:
-    print(*started(), flush=True)
+    print(*started(2), flush=True)
     os._exit(0)
 assert os.waitpid(pid, 0)[1] == 0
 """)

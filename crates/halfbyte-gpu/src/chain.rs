@@ -113,6 +113,20 @@ pub struct BackendReport {
     pub refused: Option<String>,
 }
 
+/// Why a runtime cannot be used, and the file if one was found.
+pub(crate) struct Refusal {
+    pub(crate) found: Option<String>,
+    pub(crate) error: Error,
+}
+
+/// What a report says was looked for: the file that the variable names, else the usual ones.
+pub(crate) fn looked_for(variable: &str, usual: &str) -> String {
+    match env::var(variable) {
+        Ok(path) if !path.is_empty() => format!("{path} ({variable})"),
+        _ => usual.to_owned(),
+    }
+}
+
 impl BackendReport {
     /// True when the back end has a device that can be used (the CPU always).
     #[must_use]

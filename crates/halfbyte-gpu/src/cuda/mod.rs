@@ -18,7 +18,7 @@ mod device;
 mod driver;
 mod nvrtc;
 
-use crate::chain::{self, Backend, BackendReport, DeviceReport};
+use crate::chain::{self, Backend, BackendReport, DeviceReport, Refusal, looked_for};
 use crate::device::{Device, Facts, Runtime};
 use crate::error::{Error, Result};
 use crate::library::{Candidate, Library};
@@ -61,12 +61,6 @@ struct Cuda {
     making: Mutex<()>,
 }
 
-/// Why the driver cannot be used, and the file if one was found.
-struct Refusal {
-    found: Option<String>,
-    error: Error,
-}
-
 /// The CUDA device of that number, in the order of `CUDA_VISIBLE_DEVICES`. The first call opens
 /// the driver; the first call for a device retains its primary context.
 ///
@@ -101,10 +95,7 @@ pub fn cuda_device_of(pointer: u64) -> Result<&'static Device> {
 
 /// What was looked for, found and refused.
 pub(crate) fn probe() -> BackendReport {
-    let looked_for = match std::env::var("HALFBYTE_CUDA_DRIVER") {
-        Ok(path) if !path.is_empty() => format!("{path} (HALFBYTE_CUDA_DRIVER)"),
-        _ => DRIVER.to_owned(),
-    };
+    let looked_for = looked_for("HALFBYTE_CUDA_DRIVER", DRIVER);
     let cuda = match cuda() {
         Ok(cuda) => cuda,
         Err(refusal) => {

@@ -9,7 +9,7 @@
 
 mod runtime;
 
-use crate::chain::{self, Backend, BackendReport, DeviceReport};
+use crate::chain::{self, Backend, BackendReport, DeviceReport, Refusal, looked_for};
 use crate::compiler::{self, Compiler};
 use crate::device::{Device, Facts, Module, Runtime};
 use crate::error::{Error, Result};
@@ -49,12 +49,6 @@ struct Hip {
     making: Mutex<()>,
 }
 
-/// Why the runtime cannot be used, and the file if one was found.
-struct Refusal {
-    found: Option<String>,
-    error: Error,
-}
-
 /// The ROCm device of that number, in the order of `HIP_VISIBLE_DEVICES`. The first call opens the
 /// HIP runtime.
 ///
@@ -72,10 +66,7 @@ pub fn rocm_device(ordinal: usize) -> Result<&'static Device> {
 
 /// What was looked for, found and refused.
 pub(crate) fn probe() -> BackendReport {
-    let looked_for = match std::env::var("HALFBYTE_HIP") {
-        Ok(path) if !path.is_empty() => format!("{path} (HALFBYTE_HIP)"),
-        _ => RUNTIME_NAMES.join(", "),
-    };
+    let looked_for = looked_for("HALFBYTE_HIP", &RUNTIME_NAMES.join(", "));
     let hip = match hip() {
         Ok(hip) => hip,
         Err(refusal) => {

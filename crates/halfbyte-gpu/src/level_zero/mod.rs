@@ -12,7 +12,7 @@ mod driver;
 mod sycl;
 mod sys;
 
-use crate::chain::{self, Backend, BackendReport, DeviceReport};
+use crate::chain::{self, Backend, BackendReport, DeviceReport, looked_for};
 use crate::device::Facts;
 use crate::error::{Error, Result};
 use crate::library::{Candidate, Library};
@@ -91,10 +91,7 @@ pub fn xpu_device(ordinal: usize) -> Result<&'static Device> {
 
 /// What was looked for, found and refused.
 pub(crate) fn probe() -> BackendReport {
-    let looked_for = match env::var(VARIABLE) {
-        Ok(path) if !path.is_empty() => format!("{path} ({VARIABLE})"),
-        _ => SYSTEM.to_owned(),
-    };
+    let looked_for = looked_for(VARIABLE, SYSTEM);
     let runtimes = match runtimes() {
         Ok(runtimes) => runtimes,
         Err(error) => return BackendReport::refused(Backend::Xpu, looked_for, &error),
