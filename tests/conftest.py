@@ -3,7 +3,8 @@
 `--device cpu` (the default) is what `make test` does for `tests/python` and the other folders.
 `--device emulated`, the default for `tests/gpu`, starts pytest again in a process whose CUDA
 runtime and driver are those of crates/halfbyte-gpu-emulator. `--device cuda` takes the machine's
-GPU. HALFBYTE_TEST_DEVICE says the same.
+GPU. HALFBYTE_TEST_DEVICE says the same. With either, tests/python computes on the device, but for
+what tests/gpu/on_device.py lists; the other folders name their devices themselves.
 """
 
 from __future__ import annotations
@@ -40,8 +41,11 @@ def _device(config: pytest.Config) -> str:
     inside = [_within(path, "gpu") for path in paths]
     if asked == "cpu" and any(inside):
         raise pytest.UsageError("tests/gpu compares a CUDA device to the CPU: not with cpu alone")
-    if asked is None and any(inside) and not all(inside):
-        raise pytest.UsageError("tests/gpu runs on another device: give --device, or run it alone")
+    if any(inside) and not all(inside):
+        raise pytest.UsageError(
+            "tests/gpu makes the tables of tests/python on the CPU, as modules of the same names: "
+            "run it in a process of its own"
+        )
     return str(asked or ("emulated" if any(inside) else "cpu"))
 
 
@@ -90,20 +94,8 @@ def pytest_configure(config: pytest.Config) -> None:
     mode.__enter__()  # for the process
 
 
-# The files of tests/python whose tests compute on the device when one is asked for: those that
-# name no device. All others compute on the CPU, with any --device.
-ON_DEVICE = {
-    "test_experts_ops.py",
-    "test_functional_4bit.py",
-    "test_functional_8bit.py",
-    "test_int8_ops.py",
-    "test_ops.py",
-    "test_ops_optim.py",
-}
-
-
 def _on_device(path: Path) -> bool:
-    return _within(path, "python") and path.name in ON_DEVICE
+    return _within(path, "python")
 
 
 def _switch(config: pytest.Config, path: Path) -> None:
@@ -111,34 +103,24 @@ def _switch(config: pytest.Config, path: Path) -> None:
         config.stash[_MODE].active = _on_device(path)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skips what tests/gpu/on_device.py lists; an entry that names no test is an error."""
     if _MODE not in config.stash:
         return
-    reasons = NOT_ON_DEVICE | (NOT_EMULATED if STARTED in os.environ else {})
-    for item in items:
-        for part, reason in reasons.items():
-            if _on_device(item.path) and part in item.name:
-                item.add_marker(pytest.mark.skip(reason=reason))
+    import on_device
 
-
-# Tests in those files that are skipped then, by a part of their names, and why.
-NOT_ON_DEVICE = {
-    "[devices]": "expects the name of the CPU",
-    "-meta]": "expects the name of the CPU",
-    "test_float64_checks_out": "expects the name of the CPU",
-    "bytes_do_not_depend_on_threads": "of the CPU's threads",
-    "test_codes_are_checked": "a device's codes are not read by the host",
-    "test_bad_input[descending code]": "a device's codes are not read by the host",
-    "test_bad_input[nan code]": "a device's codes are not read by the host",
-    "outlier_cols must hold columns of A": "a device's columns are not read by the host",
-    "0 to 95, got -1": "a device's columns are not read by the host",
-    "test_default_code_is_the_signed_dynamic_map": "of a map on the CPU",
-}
-NOT_EMULATED = {
-    "[sparse]": "holds a sparse tensor",
-    "functions_name_no_parameter": "holds a sparse tensor",
-    "inductor": "PyTorch's compiler looks for a GPU",
-}
+    emulated = STARTED in os.environ
+    moved = [item for item in items if _on_device(item.path)]
+    unused = on_device.entries({item.path.name for item in moved}, emulated)
+    for item in moved:
+        for entry, reason in on_device.reasons(item.path.name, item.name, emulated):
+            unused.discard(entry)
+            item.add_marker(pytest.mark.skip(reason=reason))
+    if unused and not any("::" in argument for argument in config.args):
+        raise pytest.UsageError(
+            f"tests/gpu/on_device.py names no test: {', '.join(sorted(unused))}"
+        )
 
 
 @pytest.hookimpl(tryfirst=True)

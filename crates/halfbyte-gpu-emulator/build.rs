@@ -15,11 +15,8 @@ fn main() {
         println!("cargo::rerun-if-changed={}", folder.display());
     }
 
-    let mut sources: Vec<PathBuf> = ["emulator.cpp", "driver.cpp", "level_zero.cpp"]
-        .iter()
-        .map(|name| cpp.join(name))
-        .collect();
-    sources.retain(|path| path.is_file());
+    let machine = ["emulator.cpp", "races.cpp", "driver.cpp", "level_zero.cpp"];
+    let machine: Vec<PathBuf> = machine.iter().map(|name| cpp.join(name)).collect();
     let mut units = files(&kernels, "cu");
     units.sort();
     // For work on one kernel: HALFBYTE_EMULATOR_ONLY=blockwise,int8_rows leaves the others out.
@@ -29,15 +26,23 @@ fn main() {
             only.split(',').any(|name| path.file_stem().is_some_and(|stem| stem == name))
         });
     }
-    sources.extend(units);
-    library(&sources, &[&cpp, &kernels], &out, "libcuda_emulated.so");
+    units.push(cpp.join("racy.cu"));
+    let includes = [&cpp, &kernels];
+    let mut objects = compiler(&includes).files(&machine).compile_intermediates();
+    // Every access to memory is told to races.cpp.
+    objects.extend(
+        compiler(&includes).flag("-fsanitize=thread").files(&units).compile_intermediates(),
+    );
+    link(&objects, &["-Wl,--wrap=memcpy,--wrap=memset"], &out, "libcuda_emulated.so");
 
     let mut runtime = files(&cpp, "cpp");
     runtime.retain(|path| {
         path.file_stem().is_some_and(|stem| stem.to_string_lossy().starts_with("cudart"))
     });
     runtime.sort();
-    library(&runtime, &[&cpp], &out, "libcudart_emulated.so");
+    let objects = compiler(&[&cpp]).files(&runtime).compile_intermediates();
+    // See cudart_driver.cpp.
+    link(&objects, &["-Wl,-soname,libcuda.so.1"], &out, "libcudart_emulated.so");
     println!("cargo::rustc-env=HALFBYTE_EMULATOR_DIR={}", out.display());
 }
 
@@ -47,8 +52,7 @@ fn files(folder: &Path, extension: &str) -> Vec<PathBuf> {
     paths.filter(|path| path.extension().is_some_and(|found| found == extension)).collect()
 }
 
-/// Compiles what changed and links all of it.
-fn library(sources: &[PathBuf], includes: &[&PathBuf], out: &Path, name: &str) {
+fn compiler(includes: &[&PathBuf]) -> cc::Build {
     let mut build = cc::Build::new();
     build.cpp(true).std("c++17").opt_level(2).pic(true).warnings(false).cargo_metadata(false);
     build.flag("-ffp-contract=off").flag("-fvisibility=hidden").flag("-fno-strict-aliasing");
@@ -57,16 +61,16 @@ fn library(sources: &[PathBuf], includes: &[&PathBuf], out: &Path, name: &str) {
     for folder in includes {
         build.include(folder);
     }
-    let tool = build.get_compiler();
-    let objects = build.files(sources).compile_intermediates();
+    build
+}
+
+fn link(objects: &[PathBuf], flags: &[&str], out: &Path, name: &str) {
+    let tool = compiler(&[]).get_compiler();
     let path = out.join(name);
     let mut link = Command::new(tool.path());
     link.args(tool.args().iter().filter(|flag| *flag != "-xc++"));
-    link.args(["-shared", "-Wl,-z,defs", "-o"]).arg(&path).args(&objects);
+    link.args(["-shared", "-Wl,-z,defs", "-o"]).arg(&path).args(objects).args(flags);
     link.args(["-lpthread", "-ldl"]);
-    if name == "libcudart_emulated.so" {
-        link.arg("-Wl,-soname,libcuda.so.1"); // see cudart_driver.cpp
-    }
     let status = link.status().expect("the C++ compiler runs");
     assert!(status.success(), "linking {name} failed: {link:?}");
     keep(&path, name);

@@ -9,6 +9,7 @@ mod pack;
 #[path = "build/spirv.rs"]
 mod spirv;
 
+use pack::Kind;
 use std::collections::BTreeSet;
 use std::env;
 use std::fmt::Write as _;
@@ -49,41 +50,51 @@ fn main() {
     });
 
     let mut table = String::new();
-    let (clang, mut spirv) = (spirv::compiler(), String::new());
+    let (clang, mut spirv) = (spirv::compiler(), Vec::new());
     for (index, (unit, &cuda_only)) in units.iter().zip(&cuda_only).enumerate() {
         let (name, exact) = (&unit.name, unit.exact);
-        let expanded = out.join(format!("{name}.cu"));
-        fs::write(&expanded, &unit.text).expect("OUT_DIR can be written to");
         if let Some(clang) = clang.as_ref().filter(|_| !cuda_only) {
-            let code = spirv::compile(clang, &here, &expanded);
-            let file = out.join(format!("{name}.spirv.lzma"));
-            fs::write(&file, pack::pack(&code)).expect("OUT_DIR can be written to");
-            let _ = writeln!(spirv, "    ({name:?}, include_bytes!({})),", literal(&file));
+            let expanded = out.join(format!("{name}.cu"));
+            fs::write(&expanded, &unit.text).expect("OUT_DIR can be written to");
+            spirv.push((name, spirv::compile(clang, &here, &expanded)));
         }
-
-        let mut embedded = String::new();
-        let files = cubins.iter().flat_map(|cubins| &cubins[index]);
-        for ((capability, _), file) in nvrtc::ARCHITECTURES.into_iter().zip(files) {
-            let _ =
-                writeln!(embedded, "        ({capability}, include_bytes!({})),", literal(file));
-        }
+        let embedded = cubins.as_ref().map_or("Packed::NONE".to_owned(), |cubins| {
+            pack::expression(&cubins[index].packed, &cubins[index].parts)
+        });
         let _ = writeln!(
             table,
-            "/// `kernels/{name}.cu`.\npub static {}: Source = Source::new(\n    {name:?},\n    \
-             include_str!({}),\n    {exact},\n    {cuda_only},\n    &[\n{embedded}    ],\n);",
+            "/// `kernels/{name}.cu`.\npub static {}: Source = Source {{ name: {name:?}, \
+             text: None, exact: {exact}, cuda_only: {cuda_only}, cubins: {embedded} }};",
             name.to_uppercase(),
-            literal(&expanded)
         );
     }
     let all: Vec<String> = names.iter().map(|name| format!("&{}", name.to_uppercase())).collect();
     let _ =
         writeln!(table, "/// All of them.\npub static ALL: &[&Source] = &[{}];", all.join(", "));
+    let texts: Vec<_> = units.iter().map(|unit| (&unit.name, unit.text.as_bytes())).collect();
+    let _ = writeln!(
+        table,
+        "/// Their texts, by name.\npub(crate) static TEXTS: Packed<&str> = {};",
+        together(&texts, &out.join("texts.lzma"), Kind::Text)
+    );
     fs::write(out.join("sources.rs"), table).expect("OUT_DIR can be written to");
     let spirv = format!(
-        "/// SPIR-V of the portable sources, packed. Empty when the build had no `SPIRV_CLANG`.\n\
-         pub(super) static SPIRV: &[(&str, &[u8])] = &[\n{spirv}];\n"
+        "/// SPIR-V of the portable sources. Empty when the build had no `SPIRV_CLANG`.\n\
+         pub(super) static SPIRV: Packed<&str> = {};\n",
+        together(&spirv, &out.join("spirv.lzma"), Kind::Code)
     );
     fs::write(out.join("spirv.rs"), spirv).expect("OUT_DIR can be written to");
+}
+
+/// Packs parts with names into one file, and returns its `Packed` as an expression.
+fn together(parts: &[(&String, impl AsRef<[u8]>)], file: &Path, kind: Kind) -> String {
+    if parts.is_empty() {
+        return "Packed::NONE".to_owned();
+    }
+    let all: Vec<&[u8]> = parts.iter().map(|(_, part)| part.as_ref()).collect();
+    fs::write(file, pack::pack(&all.concat(), kind)).expect("OUT_DIR can be written to");
+    let lengths: Vec<_> = parts.iter().map(|(name, part)| (name, part.as_ref().len())).collect();
+    pack::expression(file, &lengths)
 }
 
 /// The text of a file with every `#include "x"` replaced by that file, which is where the text of a

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _ops_experts, _ops_experts_gpu, _ops_int8
+from . import _ops_experts, _ops_int8
 from ._load import native
 from ._ops_base import (
     FLOATS,
@@ -571,9 +571,6 @@ def _register() -> None:
             _count_writes(library, name)
     for name, (backward, setup) in _GRADIENTS.items():
         torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup)
-    for name, kernel in _ops_experts_gpu.KERNELS.items():
-        for key in _ops_experts_gpu.KEYS:
-            library.impl(name, kernel, key)
     native.register(NAMESPACE)
 
 

@@ -18,8 +18,10 @@ blocks, and is padded with zeros to whole blocks; where ``out_features * in_feat
 of ``blocksize``, that is the layout of the whole tensor quantized at once. An 8-bit weight is
 ``CB``, int8 of that shape, and ``SCB``, float32 ``[experts, out_features]``.
 
-The argument lists must equal those in ``crates/halfbyte-torch/src/experts.rs``, the CPU's kernels.
-On GPUs the ops are composed of others, see :mod:`._ops_experts_gpu`.
+On GPUs an op is one grouped product: nothing waits for the routes, and it can be captured in a CUDA
+graph. So an id out of range, which the CPU refuses, makes its row NaN there.
+
+The argument lists must equal those in ``crates/halfbyte-torch/src/experts.rs``.
 """
 
 from __future__ import annotations
@@ -176,7 +178,10 @@ def _bias_grad(grad: Tensor, expert_ids: Tensor, experts: Any, dtype: torch.dtyp
     sums = rows.new_zeros(
         (experts + 1, rows.shape[1])
     )  # the last one is of those without an expert
-    return sums.index_add(0, expert_ids.flatten(), rows)[:experts].to(dtype)
+    ids = expert_ids.flatten()
+    # GPUs do not refuse an id out of range: it names no expert.
+    ids = torch.where((ids >= 0) & (ids < experts), ids, experts)
+    return sums.index_add(0, ids, rows)[:experts].to(dtype)
 
 
 def _setup_4bit(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -12,7 +12,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
-CONSTRUCTORS = _device_constructors() - {torch.from_file, torch.load} | {torch.from_numpy}
+CONSTRUCTORS = _device_constructors() - {torch.from_file, torch.load}
+FROM_NUMPY = torch.from_numpy
 ARRAYS = {torch.Tensor.numpy, torch.Tensor.__array__}
 
 
@@ -23,6 +24,19 @@ class DefaultDevice(TorchFunctionMode):
         super().__init__()
         self.active = False
         self.device = torch.device(device)
+
+    def __enter__(self) -> DefaultDevice:
+        torch.from_numpy = self.from_numpy  # it asks no mode
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        torch.from_numpy = FROM_NUMPY
+        super().__exit__(*exception)
+
+    def from_numpy(self, array: Any) -> torch.Tensor:
+        made = FROM_NUMPY(array)
+        return made.to(self.device) if self.active else made
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -112,7 +112,7 @@ def alias(tensor: Tensor) -> Tensor:
     memory = torch._C._construct_storage_from_data_pointer(
         storage.data_ptr(), torch.device("cpu"), storage.nbytes()
     )
-    result = torch.empty(0, dtype=tensor.dtype)
+    result = torch.empty(0, dtype=tensor.dtype, device="cpu")
     result.set_(memory, tensor.storage_offset(), tensor.size(), tensor.stride())
     if tensor.is_conj():
         result = torch._conj(result)
@@ -199,7 +199,7 @@ def _on_cpu(name: str) -> Callable[..., Any]:
     numbers = [i for i, a in enumerate(arguments) if str(a.type) == "Tensor" and not a.kwarg_only]
     written = [i for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write]
     names = [arguments[i].name for i in written]
-    returns_written = bool(written) and any(r.alias_info for r in op._schema.returns)
+    returned = sum(1 for r in op._schema.returns if r.alias_info) if written else 0
 
     def call(*args: Any, **kwargs: Any) -> Any:
         everything = [*args, *kwargs.values()]
@@ -220,9 +220,9 @@ def _on_cpu(name: str) -> Callable[..., Any]:
                         out.resize_(result)
             prepared, named = _prepare(args), {k: _prepare(v) for k, v in kwargs.items()}
             _enqueue(lambda: run(*prepared, **named))
-        if not returns_written:
+        if not returned:
             return None
-        return targets[0] if len(targets) == 1 else tuple(targets)
+        return targets[0] if returned == 1 else tuple(targets[:returned])
 
     return call
 
@@ -231,7 +231,7 @@ def _shapes(op: Any, names: list[str], args: Any, kwargs: Any) -> Iterator[torch
     """The sizes of the results `names` of an operator with out=, from a run into new tensors."""
     values = {k: _prepare(v) for k, v in kwargs.items()}
     for name in names:
-        values[name] = tree_map_only(Tensor, lambda t: torch.empty(0, dtype=t.dtype), values[name])
+        values[name] = tree_map_only(Tensor, lambda t: t.new_empty(0), values[name])
     op(*_prepare(args), **values)
     for tensor in _tensors([values[name] for name in names]):
         yield tensor.size()

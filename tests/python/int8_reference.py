@@ -147,7 +147,7 @@ def linear32(
 
 def rounded(y: np.ndarray, dtype: torch.dtype) -> Tensor:
     """Float32 values rounded once, to nearest even."""
-    return torch.from_numpy(np.ascontiguousarray(y, np.float32)).to(dtype)
+    return torch.tensor(np.ascontiguousarray(y, np.float32)).to(dtype)
 
 
 # --- the product in float64, and how far the result may be from it ---

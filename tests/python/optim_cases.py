@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from halfbyte import optim
+from halfbyte.optim import _managed, _paged
+from reference import DEVICE
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -50,6 +52,17 @@ def train(optimizer: Any, params: list[nn.Parameter], steps: range) -> None:
     for step in steps:
         set_grads(params, step)
         optimizer.step()
+
+
+def in_pages(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is where its device pages: in a file on the CPU, else in managed memory."""
+    on_cpu = tensor.device.type == "cpu"
+    return _paged.is_file_backed(tensor) if on_cpu else _managed.is_managed(tensor)
+
+
+def shared_code(made: optim.optimizer.Optimizer8bit, name: str) -> torch.Tensor:
+    """The one tensor of a code for all 8-bit states on the device of the tests."""
+    return made.name2qmap[name] if DEVICE.type == "cpu" else made._code_on(name, DEVICE)
 
 
 def equal(a: list[nn.Parameter], b: list[nn.Parameter]) -> bool:

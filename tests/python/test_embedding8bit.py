@@ -10,6 +10,7 @@ import pytest
 import torch
 from halfbyte.functional import int8_vectorwise_dequant, int8_vectorwise_quant
 from halfbyte.nn import Embedding8bit, Int8Params
+from reference import DEVICE
 from torch import nn
 
 KEYS = ["weight", "SCB", "weight_format"]
@@ -21,7 +22,7 @@ def _seed():
 
 
 def quantized(rows: int = 10, dim: int = 64, **config) -> Embedding8bit:
-    return Embedding8bit(rows, dim, **config).to("cpu")
+    return Embedding8bit(rows, dim, **config).to(DEVICE)
 
 
 def table(module: Embedding8bit) -> torch.Tensor:
@@ -47,7 +48,7 @@ def test_rows_of_the_table(rows, dim, dtype):
     floats = nn.Embedding(rows, dim, dtype=dtype)
     module = Embedding8bit(rows, dim, dtype=dtype)
     module.load_state_dict(floats.state_dict())
-    module.to("cpu")
+    module.to(DEVICE)
     index = torch.tensor([[0, rows - 1], [rows // 2, 0]])
     got = module(index)
     assert (got.shape, got.dtype) == ((2, 2, dim), dtype)
@@ -98,7 +99,7 @@ def test_casts_and_meta():
     assert module.weight.SCB.dtype == torch.float32
     assert torch.equal(module(index), want)
     saved = copy.deepcopy(module.state_dict())
-    module.to("meta").to_empty(device="cpu")
+    module.to("meta").to_empty(device=DEVICE)
     module.load_state_dict(saved)
     assert torch.equal(module(index), want)
     module._parameters["weight"] = nn.Parameter(module.weight.data, requires_grad=False)

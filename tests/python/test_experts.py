@@ -24,6 +24,7 @@ from halfbyte.nn.experts import (
     replace_experts_8bit,
 )
 from halfbyte.nn.parametrize import replace_parameter_4bit, replace_parameter_4bit_prequantized
+from reference import DEVICE
 from torch import nn
 from torch.nn.utils import parametrize as P
 
@@ -203,12 +204,12 @@ def test_quantizes_on_the_first_move_to_a_device():
         layer(torch.randn(9, 64), route(WHOLE))
     assert "weight.absmax" not in layer.state_dict()
     before = layer.weight.data.clone()
-    nn.Sequential(layer).to("cpu")
+    nn.Sequential(layer).to(DEVICE)
     assert layer.weight.dtype == torch.uint8
     assert layer.weight.bnb_quantized
     again = Experts4bit.from_float(before, layer.bias.detach())
     assert same_state(layer.state_dict(), again.state_dict())
-    layer.to("cpu").to(torch.float16)
+    layer.to(DEVICE).to(torch.float16)
     assert torch.equal(layer.weight.data, again.weight.data)
 
 
@@ -245,7 +246,7 @@ def test_state_dict_both_ways(shape, nested):
     assert saved.keys() == (expected | nested_keys if nested else expected)
     with torch.device("meta"):
         on_meta = make()
-    for target, options in ((make(), {}), (make().to("cpu"), {}), (on_meta, {"assign": True})):
+    for target, options in ((make(), {}), (make().to(DEVICE), {}), (on_meta, {"assign": True})):
         loaded = target.load_state_dict(copy.deepcopy(saved), **options)
         assert not loaded.missing_keys
         assert not loaded.unexpected_keys
@@ -256,12 +257,12 @@ def test_state_dict_both_ways(shape, nested):
 @pytest.mark.parametrize("shape", [WHOLE, RAGGED], ids=str)
 def test_a_float_weight_is_quantized_when_loaded_into_a_quantized_layer(shape):
     original = weight(shape)
-    layer = Experts4bit(shape[0], shape[2], shape[1]).to("cpu")
+    layer = Experts4bit(shape[0], shape[2], shape[1]).to(DEVICE)
     layer.load_state_dict({"weight": original})
     assert same_state(layer.state_dict(), Experts4bit.from_float(original).state_dict())
     unquantized = Experts4bit(shape[0], shape[2], shape[1])
     unquantized.load_state_dict({"weight": original})
-    assert same_state(unquantized.to("cpu").state_dict(), layer.state_dict())
+    assert same_state(unquantized.to(DEVICE).state_dict(), layer.state_dict())
 
 
 def test_loading_what_does_not_fit_changes_nothing():
@@ -561,7 +562,7 @@ def test_replaced_experts_are_read_by_the_plain_parametrization():
     other = Module()
     other.proj = nn.Parameter(saved["proj"], requires_grad=False)
     stats = {k: v for k, v in saved.items() if k.startswith("proj.")}
-    replace_parameter_4bit_prequantized(other, "proj", stats, "cpu")
+    replace_parameter_4bit_prequantized(other, "proj", stats, DEVICE)
     assert torch.equal(other.proj, module.proj)
 
 

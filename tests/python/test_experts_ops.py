@@ -94,8 +94,8 @@ def cases(grad: bool = False) -> dict[str, list[tuple]]:
 
 def test_every_op_has_a_kernel_and_a_fake():
     assert set(cases()) == set(_ops_experts.SCHEMAS) == set(_ops_experts.FAKES)
-    for name in NAMES:
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"halfbyte::{name}", "CPU"), name
+    for name, key in itertools.product(NAMES, ("CPU", "CUDA", "XPU")):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"halfbyte::{name}", key), (name, key)
 
 
 @pytest.mark.parametrize("case", [0, 1])

@@ -15,6 +15,7 @@ import torch
 from halfbyte import MatmulLtState, _native, matmul
 from halfbyte import functional as F
 from halfbyte.nn import Linear8bitLt
+from reference import DEVICE
 from torch import Tensor
 
 ops = torch.ops.halfbyte
@@ -530,7 +531,7 @@ def test_linear8bitlt_is_within_the_bound(dtype, threshold):
         with torch.no_grad():
             layer.weight.data = case.w.clone()
             layer.bias.data = case.bias.clone()
-        layer = layer.to("cpu").eval()
+        layer = layer.to(DEVICE).eval()
         assert layer.weight.dtype == torch.int8
         bound = case.bound(threshold)
         y = layer(case.a)

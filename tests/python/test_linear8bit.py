@@ -23,6 +23,7 @@ from halfbyte.autograd import _functions
 from halfbyte.autograd._functions import GlobalOutlierPooler, MatMul8bitFp, MatMul8bitLt
 from halfbyte.functional import int8_vectorwise_dequant, int8_vectorwise_quant
 from halfbyte.nn import Int8Params, Linear8bitLt, OutlierAwareLinear
+from reference import DEVICE
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
@@ -42,7 +43,7 @@ def float_layer(n_in: int = 96, n_out: int = 64, seed: int = 0, **config) -> Lin
 
 
 def layer(*sizes: int, **config) -> Linear8bitLt:
-    return float_layer(*sizes, **config).to("cpu")
+    return float_layer(*sizes, **config).to(DEVICE)
 
 
 def trainable(*sizes: int, **config) -> Linear8bitLt:
@@ -265,7 +266,7 @@ def test_autocast_keeps_the_input_dtype():
     module = trainable()
     x = inputs(3, 96)
     want = module(x)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         got = module(x)
         got.square().sum().backward()
     assert torch.equal(got, want)
@@ -278,7 +279,7 @@ def test_not_quantized():
     with pytest.raises(
         RuntimeError,
         match=r"Linear8bitLt is not quantized yet: its weight is torch\.float32 of shape "
-        r"\[64, 96\] on cpu\. Move the layer",
+        rf"\[64, 96\] on {DEVICE}\. Move the layer",
     ):
         float_layer()(inputs(1, 96))
 
@@ -627,7 +628,7 @@ def test_a_model_trains():
     torch.manual_seed(0)
     model = nn.Sequential(
         Linear8bitLt(32, 64, threshold=4.0), nn.ReLU(), Linear8bitLt(64, 4, threshold=4.0)
-    ).to("cpu")
+    ).to(DEVICE)
     x, goal = torch.randn(64, 32), torch.randn(64, 4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
@@ -716,7 +717,7 @@ def test_as_vllm_calls_it(has_fp16_weights):
     )
     state = MatmulLtState()
     state.CB = weight[0:64]
-    state.SCB = module.weight.SCB.to("cpu")
+    state.SCB = module.weight.SCB.to(DEVICE)
     state.threshold = 2.0
     state.has_fp16_weights = has_fp16_weights
     state.is_training = False
@@ -971,9 +972,9 @@ def test_parameter_before_quantization():
 @pytest.mark.parametrize(
     "move",
     [
-        lambda p: p.to("cpu"),
+        lambda p: p.to(DEVICE),
         lambda p: p.cpu(),
-        lambda p: p.to(torch.device("cpu"), torch.float16),
+        lambda p: p.to(DEVICE, torch.float16),
         lambda p: p.to(torch.empty(0)),
     ],
 )
@@ -983,8 +984,8 @@ def test_first_move_quantizes_in_place(dtype, move):
     assert move(p) is p
     want = int8_vectorwise_quant(data.float() if dtype == torch.float64 else data)
     assert p.dtype == torch.int8
-    assert torch.equal(p.data, want[0])
-    assert torch.equal(p.SCB, want[1])
+    assert torch.equal(p.data, want[0].to(p.device))
+    assert torch.equal(p.SCB, want[1].to(p.device))
     assert p.CB.data_ptr() == p.data_ptr()
     assert type(p.CB) is torch.Tensor
     assert not p.requires_grad
@@ -992,9 +993,9 @@ def test_first_move_quantizes_in_place(dtype, move):
 
 def test_has_fp16_weights_stay_float():
     p = Int8Params(inputs(64, 96), has_fp16_weights=True)
-    assert p.to("cpu") is p
+    assert p.to(DEVICE) is p
     assert p.dtype == torch.float32
-    half = p.to("cpu", torch.float16)
+    half = p.to(DEVICE, torch.float16)
     assert type(half) is Int8Params
     assert half.has_fp16_weights
     assert half.requires_grad
@@ -1009,22 +1010,22 @@ def test_dtype_alone_and_meta_do_not_quantize():
     meta = p.to("meta")
     assert type(meta) is Int8Params
     assert (meta.device.type, meta.dtype) == ("meta", torch.float32)
-    copied = p.to("cpu", copy=True)
+    copied = p.to(DEVICE, copy=True)
     assert copied is not p
     assert (copied.dtype, p.dtype) == (torch.int8, torch.float32)
 
 
 def test_moves_of_codes():
-    p = Int8Params(inputs(64, 96)).to("cpu")
-    assert p.to("cpu") is p
+    p = Int8Params(inputs(64, 96)).to(DEVICE)
+    assert p.to(DEVICE) is p
     assert p.to(torch.float16) is p
-    assert p.to("cpu", torch.bfloat16) is p
+    assert p.to(DEVICE, torch.bfloat16) is p
     meta = p.to("meta")
     assert (meta.dtype, meta.device.type) == (torch.int8, "meta")
     assert meta.SCB.device.type == "meta"
     assert meta.CB.device.type == "meta"
-    assert p.SCB.device.type == "cpu"
-    copied = p.to("cpu", copy=True)
+    assert p.SCB.device.type == DEVICE.type
+    copied = p.to(DEVICE, copy=True)
     copied.SCB.zero_()
     copied.data.zero_()
     assert p.SCB.all()
@@ -1032,7 +1033,7 @@ def test_moves_of_codes():
 
 
 def test_every_attribute_is_a_constructor_keyword():
-    old = Int8Params(inputs(64, 96)).to("cpu")
+    old = Int8Params(inputs(64, 96)).to(DEVICE)
     old._is_hf_initialized = True
     assert set(old.__dict__) == {"CB", "SCB", "has_fp16_weights", "_is_hf_initialized"}
     same = Int8Params(old.data, requires_grad=False, **old.__dict__)
@@ -1041,7 +1042,7 @@ def test_every_attribute_is_a_constructor_keyword():
     moved = same.to(same.device)
     assert torch.equal(moved.SCB, old.SCB)
     new = inputs(64, 96).flip(0)  # a merged weight with the attributes of the old one
-    again = Int8Params(new, requires_grad=False, **old.__dict__).to("cpu")
+    again = Int8Params(new, requires_grad=False, **old.__dict__).to(DEVICE)
     assert torch.equal(again.data, int8_vectorwise_quant(new)[0])
     assert torch.equal(again.SCB, int8_vectorwise_quant(new)[1])
 
@@ -1058,16 +1059,16 @@ def test_codes_cannot_require_a_gradient():
 def test_made_by_hand():
     p = torch.Tensor._make_subclass(Int8Params, inputs(64, 96), False)
     assert (p.CB, p.SCB, p.has_fp16_weights) == (None, None, False)
-    assert p.to("cpu").SCB.shape == (64,)
+    assert p.to(DEVICE).SCB.shape == (64,)
 
 
 def test_refused_weights():
     with pytest.raises(TypeError, match=r"must be floating-point, got torch\.int32"):
-        Int8Params(torch.zeros(3, 4, dtype=torch.int32), requires_grad=False).to("cpu")
+        Int8Params(torch.zeros(3, 4, dtype=torch.int32), requires_grad=False).to(DEVICE)
     with pytest.raises(ValueError, match=r"must have shape \[out_features, in_features\], got \[4"):
-        Int8Params(torch.zeros(4)).to("cpu")
+        Int8Params(torch.zeros(4)).to(DEVICE)
     with pytest.raises(NotImplementedError, match="meta"):
-        Int8Params(torch.empty(3, 4, device="meta"), requires_grad=False).to("cpu")
+        Int8Params(torch.empty(3, 4, device="meta"), requires_grad=False).to(DEVICE)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -1092,7 +1093,7 @@ def saved(p):
 @pytest.mark.parametrize("trip", [copy.copy, copy.deepcopy, pickled, saved])
 @pytest.mark.parametrize("quantized", [False, True])
 def test_copies_keep_class_and_scales(trip, quantized):
-    p = Int8Params(inputs(64, 96), has_fp16_weights=not quantized).to("cpu")
+    p = Int8Params(inputs(64, 96), has_fp16_weights=not quantized).to(DEVICE)
     p.mine = [1, 2]
     other = trip(p)
     assert type(other) is Int8Params
@@ -1115,7 +1116,7 @@ def test_copies_keep_class_and_scales(trip, quantized):
 
 
 def test_pickle_saves_the_codes_once():
-    p = Int8Params(torch.randn(256, 256)).to("cpu")
+    p = Int8Params(torch.randn(256, 256)).to(DEVICE)
     module = layer(256, 256)
     module(inputs(1, 256))
     for thing in (p, module):
@@ -1124,7 +1125,7 @@ def test_pickle_saves_the_codes_once():
 
 
 def test_views_are_plain_tensors():
-    p = Int8Params(inputs(64, 96)).to("cpu")
+    p = Int8Params(inputs(64, 96)).to(DEVICE)
     for pieces in (torch.chunk(p, 4), p.split(16), (p[0:16], p.t(), p.float(), p.detach())):
         assert all(type(piece) is torch.Tensor for piece in pieces)
 
@@ -1179,7 +1180,7 @@ def test_parameter_object_survives_quantization_and_moves_of_models():
 def test_swap_tensors_on_conversion():
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
-        module = float_layer().to("cpu").half()
+        module = float_layer().to(DEVICE).half()
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
     assert type(module.weight) is Int8Params
@@ -1195,8 +1196,8 @@ def test_to_meta_to_empty_and_loaded():
     assert module.weight.SCB.device.type == "meta"
     assert module.state.CB.device.type == "meta"
     with pytest.raises(NotImplementedError, match="meta"):
-        module.to("cpu")
-    module.to_empty(device="cpu")
+        module.to(DEVICE)
+    module.to_empty(device=DEVICE)
     assert type(module.weight) is Int8Params
     module.load_state_dict(saved)
     assert torch.equal(module(x), want)
@@ -1207,7 +1208,7 @@ def test_skip_init():
     assert type(module.weight) is Int8Params
     nn.init.ones_(module.weight)
     nn.init.zeros_(module.bias)
-    assert module.to("cpu")(torch.ones(1, 96)).tolist() == [[96.0] * 64]
+    assert module.to(DEVICE)(torch.ones(1, 96)).tolist() == [[96.0] * 64]
 
 
 def test_share_memory():
@@ -1221,7 +1222,7 @@ def test_share_memory():
 def test_tied_weights_stay_tied():
     model = nn.ModuleList([float_layer(), float_layer()])
     model[1].weight = model[0].weight
-    model.to("cpu")
+    model.to(DEVICE)
     assert model[1].weight is model[0].weight
     x = inputs(3, 96)
     model[1].bias = model[0].bias
@@ -1245,7 +1246,7 @@ def test_scales_that_wrappers_lose_are_recovered(how):
         assert_same_dict(module.state_dict(), saved)
         again = copy.deepcopy(module)
         assert torch.equal(again(x), want)
-        module.to("cpu")
+        module.to(DEVICE)
         assert torch.equal(module(x), want)
 
 
@@ -1284,7 +1285,7 @@ def test_pickle_of_a_layer(make):
     other = pickled(module)
     assert type(other.weight) is Int8Params
     if make is float_layer:
-        module, other = module.to("cpu"), other.to("cpu")
+        module, other = module.to(DEVICE), other.to(DEVICE)
     assert torch.equal(other(x), module(x))
     assert other.state.threshold == 2.0
     if make is trainable:
@@ -1312,7 +1313,7 @@ def test_subclasses():
                 self.init_8bit_state()
             return matmul(x, self.weight, bias=self.bias, state=self.state)
 
-    module = Mine(96, 64, has_fp16_weights=False).to("cpu")
+    module = Mine(96, 64, has_fp16_weights=False).to(DEVICE)
     x = inputs(3, 96)
     got = module(x)
     assert module.state.threshold == 6.0
@@ -1449,7 +1450,7 @@ def test_assign_of_a_float_weight_keeps_the_class():
         target = Linear8bitLt(96, 64, has_fp16_weights=False)
     target.load_state_dict(nn.Linear(96, 64).state_dict(), assign=True)
     assert type(target.weight) is Int8Params
-    target.to("cpu")
+    target.to(DEVICE)
     assert target.weight.dtype == torch.int8
     assert target(inputs(3, 96)).shape == (3, 64)
 
@@ -1480,7 +1481,7 @@ def test_as_transformers_loads(caplog):
             torch.manual_seed(0)
             value = nn.Linear(96, 64).weight.data
             kwargs.pop("SCB", None)
-        new = Int8Params(value.to("cpu"), requires_grad=False, **kwargs).to(value.device)
+        new = Int8Params(value.to(DEVICE), requires_grad=False, **kwargs).to(value.device)
         new._is_hf_initialized = True
         target.weight = new
         target.bias = source.bias
@@ -1593,7 +1594,7 @@ def test_distributed_checkpoint_state_dict():
 def test_loaded_layers_still_copy_and_move():
     target = float_layer(seed=1, threshold=2.0)
     target.load_state_dict(layer().state_dict())
-    other = copy.deepcopy(target).to("cpu").half()
+    other = copy.deepcopy(target).to(DEVICE).half()
     x = inputs(3, 96)
     torch.testing.assert_close(other(x), target(x), rtol=0, atol=1e-3)  # the bias is half now
     assert_same_dict(
@@ -1614,7 +1615,7 @@ def test_peft_merge():
         state.SCB = weight.SCB
     merged = int8_vectorwise_dequant(weight.data, state.SCB) + 0.1 * inputs(64, 96)
     module.weight = Int8Params(
-        merged.to("cpu"), requires_grad=False, has_fp16_weights=weight.has_fp16_weights
+        merged.to(DEVICE), requires_grad=False, has_fp16_weights=weight.has_fp16_weights
     ).to(weight.device)
     state.reset_grads()
     got = module(x)
@@ -1641,12 +1642,12 @@ def test_accelerate_offloads_through_meta():
         old = module._parameters["weight"]
         with pytest.raises((RuntimeError, NotImplementedError, ValueError)):
             module(x)
-        new = Int8Params(kept.clone(), requires_grad=False, **old.__dict__).to("cpu")
-        new.CB = new.CB.to("cpu")
+        new = Int8Params(kept.clone(), requires_grad=False, **old.__dict__).to(DEVICE)
+        new.CB = new.CB.to(DEVICE)
         module._parameters["weight"] = new
         with pytest.raises(RuntimeError, match=r"weight\.SCB is on the meta device"):
             module(x)
-        module._parameters["weight"].SCB = scales.to("cpu")
+        module._parameters["weight"].SCB = scales.to(DEVICE)
         assert torch.equal(module(x), want)
 
 

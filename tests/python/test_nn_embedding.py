@@ -16,6 +16,7 @@ from halfbyte.nn import (
     StableEmbedding,
 )
 from halfbyte.optim import GlobalOptimManager
+from reference import DEVICE
 from torch import nn
 
 STORAGES = [torch.uint8, torch.bfloat16, torch.float16, torch.float32]
@@ -41,7 +42,7 @@ def _seed():
     ("rows", "dim"), [(10, 64), (7, 128), (10, 33), (10, 96), (5, 1), (3, 32), (1, 7)]
 )
 def test_rows_of_the_table(quant_type, storage, rows, dim):
-    module = Embedding4bit(rows, dim, quant_type=quant_type, quant_storage=storage).to("cpu")
+    module = Embedding4bit(rows, dim, quant_type=quant_type, quant_storage=storage).to(DEVICE)
     index = torch.tensor([[0, rows - 1], [rows // 2, 0]])
     got = module(index)
     assert got.shape == (2, 2, dim)
@@ -55,7 +56,7 @@ def test_nested_scales(blocksize, dim, rows):
     """Not what Embedding4bit makes, but what a checkpoint or a replaced weight may hold."""
     module = EmbeddingNF4(rows, dim)
     weight = Params4bit(module.weight.data, blocksize=blocksize, quant_type="nf4", module=module)
-    module.weight = weight.to("cpu")
+    module.weight = weight.to(DEVICE)
     assert module.weight.quant_state.nested
     index = torch.tensor([rows - 1, 0, rows // 3])
     assert torch.equal(module(index), table(module)[index])
@@ -65,7 +66,7 @@ def test_nested_scales(blocksize, dim, rows):
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (2, 0), (2, 3, 4)])
 def test_index_shapes(dim, dtype, shape):
-    module = EmbeddingFP4(10, dim).to("cpu")
+    module = EmbeddingFP4(10, dim).to(DEVICE)
     index = torch.randint(0, 10, shape).to(dtype)
     got = module(index)
     assert got.shape == (*shape, dim)
@@ -77,17 +78,17 @@ def test_index_shapes(dim, dtype, shape):
 @pytest.mark.parametrize("index", [10, -1])
 def test_index_out_of_range(dim, index):
     with pytest.raises(IndexError):
-        EmbeddingNF4(10, dim).to("cpu")(torch.tensor([0, index]))
+        EmbeddingNF4(10, dim).to(DEVICE)(torch.tensor([0, index]))
 
 
 @pytest.mark.parametrize("dim", [64, 33])
 def test_dtypes(dim):
-    half = EmbeddingNF4(10, dim, dtype=torch.bfloat16).to("cpu")
+    half = EmbeddingNF4(10, dim, dtype=torch.bfloat16).to(DEVICE)
     index = torch.arange(10)
     assert half.weight.quant_state.dtype == torch.bfloat16
     assert half(index).dtype == torch.bfloat16
     assert torch.equal(half(index), table(half))
-    full = EmbeddingNF4(10, dim).to(torch.bfloat16).to("cpu")
+    full = EmbeddingNF4(10, dim).to(torch.bfloat16).to(DEVICE)
     assert full.dtype == torch.float32
     assert torch.equal(full(index), table(full).float())
 
@@ -111,7 +112,7 @@ def test_not_quantized():
 
 @pytest.mark.parametrize("storage", STORAGES)
 def test_casts_leave_packed_bytes_alone(storage):
-    module = EmbeddingNF4(10, 64, quant_storage=storage).to("cpu")
+    module = EmbeddingNF4(10, 64, quant_storage=storage).to(DEVICE)
     want = raw(module.weight)
     module.half().bfloat16().to(torch.float64)
     assert raw(module.weight) == want
@@ -119,28 +120,28 @@ def test_casts_leave_packed_bytes_alone(storage):
 
 
 def test_lost_state_copy_meta():
-    module = EmbeddingNF4(10, 64).to("cpu")
+    module = EmbeddingNF4(10, 64).to(DEVICE)
     index = torch.tensor([1, 2])
     want = module(index)
     module._parameters["weight"] = nn.Parameter(module.weight.data, requires_grad=False)
     assert torch.equal(module(index), want)
     assert torch.equal(copy.deepcopy(module)(index), want)
     saved = copy.deepcopy(module.state_dict())
-    module.to("meta").to_empty(device="cpu")
+    module.to("meta").to_empty(device=DEVICE)
     module.load_state_dict(saved)
     assert torch.equal(module(index), want)
 
 
 def test_in_a_compiled_model():
     torch._dynamo.reset()
-    module = EmbeddingNF4(10, 64).to("cpu")
+    module = EmbeddingNF4(10, 64).to(DEVICE)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     index = torch.tensor([[1, 9, 3]])
     assert torch.equal(compiled(index), module(index))
 
 
 def test_gradients_reach_what_comes_after():
-    module = nn.Sequential(EmbeddingNF4(10, 64).to("cpu"), nn.Linear(64, 3))
+    module = nn.Sequential(EmbeddingNF4(10, 64).to(DEVICE), nn.Linear(64, 3))
     module(torch.tensor([1, 2])).sum().backward()
     assert module[0].weight.grad is None
     assert module[1].weight.grad is not None

@@ -17,6 +17,7 @@ from halfbyte.autograd._functions import matmul_4bit
 from halfbyte.functional import dequantize_4bit
 from halfbyte.nn import Linear4bit, LinearFP4, LinearNF4, Params4bit
 from halfbyte.nn.modules import fix_4bit_weight_quant_state_from_module
+from reference import DEVICE
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -29,7 +30,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3, tor
 def layer(n_in: int = 96, n_out: int = 64, **config) -> Linear4bit:
     config.setdefault("quant_type", "nf4")
     torch.manual_seed(0)
-    return Linear4bit(n_in, n_out, **config).to("cpu")
+    return Linear4bit(n_in, n_out, **config).to(DEVICE)
 
 
 def reference(module: Linear4bit, x: torch.Tensor) -> torch.Tensor:
@@ -93,13 +94,13 @@ def test_under_the_meta_device():
 
 
 def test_device_argument_does_not_quantize():
-    assert Linear4bit(8, 4, device="cpu").weight.dtype == torch.float32
+    assert Linear4bit(8, 4, device=DEVICE).weight.dtype == torch.float32
     assert Linear4bit(8, 4, device="meta").weight.device.type == "meta"
 
 
 @pytest.mark.parametrize(("cls", "kind"), [(LinearNF4, "nf4"), (LinearFP4, "fp4")])
 def test_named_types(cls, kind):
-    module = cls(96, 64, compute_dtype=torch.float32, quant_storage=torch.bfloat16).to("cpu")
+    module = cls(96, 64, compute_dtype=torch.float32, quant_storage=torch.bfloat16).to(DEVICE)
     assert module.weight.quant_type == kind
     assert module.weight.quant_state.quant_type == kind
     assert module.weight.dtype == torch.bfloat16
@@ -330,7 +331,7 @@ def test_lora_trains_and_leaves_the_base_alone(autocast):
     x, target = torch.randn(32, 64), torch.randn(32, 8)
     losses = []
     for _ in range(40):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
             loss = nn.functional.mse_loss(model(x).float(), target)
         loss.backward()
         optimizer.step()
@@ -344,7 +345,7 @@ def test_lora_trains_and_leaves_the_base_alone(autocast):
 def test_autocast_keeps_the_input_dtype():
     module = layer()
     x = torch.randn(3, 96, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         y = module(x)
     y.sum().backward()
     assert y.dtype == torch.float32
@@ -448,7 +449,7 @@ def test_export_with_a_free_row_count():
         lambda m: m.float(),
         lambda m: m.double(),
         lambda m: m.to(torch.float16),
-        lambda m: m.to("cpu", torch.bfloat16),
+        lambda m: m.to(DEVICE, torch.bfloat16),
         lambda m: m.type(torch.float16),
         lambda m: m._apply(lambda t: torch.Tensor.to(t, torch.float16)),
     ],
@@ -472,7 +473,7 @@ def test_module_casts_leave_packed_bytes_alone(storage, cast):
 def test_cast_before_quantization_sets_the_decoded_dtype():
     module = Linear4bit(96, 64, quant_type="nf4").to(torch.bfloat16)
     assert module.weight.dtype == torch.bfloat16
-    assert module.to("cpu").weight.quant_state.dtype == torch.bfloat16
+    assert module.to(DEVICE).weight.quant_state.dtype == torch.bfloat16
     assert module.bias.dtype == torch.bfloat16
 
 
@@ -481,9 +482,9 @@ def test_to_meta_and_back_to_empty():
     module.to("meta")
     assert type(module.weight) is Params4bit
     assert module.weight.device.type == "meta"
-    module.to_empty(device="cpu")
+    module.to_empty(device=DEVICE)
     assert type(module.weight) is Params4bit
-    assert module.weight.device.type == "cpu"
+    assert module.weight.device.type == DEVICE.type
     assert not module.weight.bnb_quantized
     module.load_state_dict(layer().state_dict())
     x = torch.randn(2, 96)
@@ -498,7 +499,7 @@ def test_packed_to_meta_to_empty_and_loaded():
     module.to("meta")
     assert module.weight.device.type == "meta"
     assert module.weight.dtype == torch.bfloat16
-    module.to_empty(device="cpu")
+    module.to_empty(device=DEVICE)
     assert type(module.weight) is Params4bit
     module.load_state_dict(saved)
     assert torch.equal(module(x), want)
@@ -507,7 +508,7 @@ def test_packed_to_meta_to_empty_and_loaded():
 def test_parameter_object_survives_quantization():
     module = Linear4bit(96, 64)
     before = module.weight
-    module.to("cpu")
+    module.to(DEVICE)
     assert module.weight is before
 
 
@@ -515,7 +516,7 @@ def test_swap_tensors_on_conversion():
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
         module = Linear4bit(96, 64, quant_type="nf4")
-        module.to("cpu")
+        module.to(DEVICE)
         module.half()
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
@@ -612,7 +613,7 @@ def test_fix_refuses_bytes_cast_to_a_dtype_of_the_same_size():
 
 def test_module_follows_a_replaced_weight():
     module = layer()
-    new = Params4bit(torch.randn(64, 96), quant_type="fp4", quant_storage=torch.float32).to("cpu")
+    new = Params4bit(torch.randn(64, 96), quant_type="fp4", quant_storage=torch.float32).to(DEVICE)
     module.weight = new
     x = torch.randn(2, 96)
     assert_close(module(x), reference(module, x))
@@ -625,7 +626,7 @@ def test_module_follows_a_replaced_weight():
 def test_module_learns_the_storage_of_a_weight_that_names_it():
     module = layer()
     weight = Params4bit(torch.randn(64, 96), quant_storage=torch.float32, module=module)
-    module.weight = weight.to("cpu")
+    module.weight = weight.to(DEVICE)
     lose(module, "parameter")
     x = torch.randn(2, 96)
     assert_close(module(x), reference(module, x))
@@ -633,9 +634,9 @@ def test_module_learns_the_storage_of_a_weight_that_names_it():
 
 
 def test_skip_init():
-    module = nn.utils.skip_init(Linear4bit, 96, 64, quant_type="nf4")
+    module = nn.utils.skip_init(Linear4bit, 96, 64, quant_type="nf4", device=DEVICE)
     assert type(module.weight) is Params4bit
-    assert module.weight.device.type == "cpu"
+    assert module.weight.device.type == DEVICE.type
     assert not module.weight.bnb_quantized
 
 
@@ -655,7 +656,7 @@ def test_state_on_another_device_is_brought_to_the_weight():
     state.to = back
     assert torch.equal(module(x), want)
     module(x)
-    assert seen == [torch.device("cpu")]
+    assert seen == [DEVICE]
 
 
 def test_made_by_hand():
@@ -772,7 +773,7 @@ def test_tied_weights_stay_tied():
     first, second = Linear4bit(96, 64), Linear4bit(96, 64)
     second.weight = first.weight
     model = nn.Sequential(first, second)
-    model.to("cpu")
+    model.to(DEVICE)
     assert first.weight is second.weight
     x = torch.randn(2, 96)
     second.bias = first.bias
@@ -791,7 +792,7 @@ def test_offloading_through_meta():
     assert module.weight.to("meta").device.type == "meta"
     kwargs = module.weight.__dict__
     module._parameters["weight"] = type(module.weight)(rest, requires_grad=False, **kwargs).to(
-        "cpu"
+        DEVICE
     )
     assert torch.equal(module(x), want)
 
@@ -807,7 +808,7 @@ def test_peft_merge_and_unmerge():
         kwargs["requires_grad"] = False
         kwargs.pop("data", None)
         kwargs = {k: v for k, v in kwargs.items() if not k.startswith("_")}
-        module.weight = Params4bit(merged.to("cpu"), **kwargs).to(weight.device)
+        module.weight = Params4bit(merged.to(DEVICE), **kwargs).to(weight.device)
         assert module.weight.bnb_quantized
         decoded = dequantize_4bit(module.weight.data, module.weight.quant_state)
         assert (decoded - merged).abs().max() < 0.3 * merged.abs().max()
@@ -821,10 +822,10 @@ def test_subclasses_with_their_own_device_argument():
     class Quantizing(Linear4bit):
         def __init__(self, *args, device=None, **kwargs):
             super().__init__(*args, device=device, **kwargs)
-            self.weight = self.weight.to("cpu")
-            self.to("cpu")
+            self.weight = self.weight.to(DEVICE)
+            self.to(DEVICE)
 
-    module = Quantizing(96, 64, quant_type="nf4", device="cpu")
+    module = Quantizing(96, 64, quant_type="nf4", device=DEVICE)
     assert module.weight.bnb_quantized
     assert module(torch.randn(1, 96)).shape == (1, 64)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from halfbyte.functional import QuantState, dequantize_4bit, quantize_4bit
 from halfbyte.nn import Params4bit
+from reference import DEVICE
 from torch import nn
 
 STORAGES = [torch.uint8, torch.bfloat16, torch.float16, torch.float32]
@@ -22,7 +23,7 @@ def weight(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> to
 
 def packed(*shape: int, **config) -> Params4bit:
     config.setdefault("quant_type", "nf4")
-    return Params4bit(weight(*shape), **config).to("cpu")
+    return Params4bit(weight(*shape), **config).to(DEVICE)
 
 
 def raw(tensor: torch.Tensor) -> bytes:
@@ -75,12 +76,12 @@ def test_unknown_keywords_are_dropped():
 def test_every_attribute_is_a_constructor_keyword():
     old = packed(8, 64, blocksize=32, compress_statistics=False)
     old._is_hf_initialized = True
-    again = type(old)(old.data, requires_grad=False, **old.__dict__).to("cpu")
+    again = type(old)(old.data, requires_grad=False, **old.__dict__).to(DEVICE)
     assert_same(again, old)
     # the form transformers uses to quantize: attributes of an unquantized parameter on meta
     meta = Params4bit(weight(8, 64).to("meta"), blocksize=32, quant_type="nf4")
     meta._is_hf_initialized = True
-    new = Params4bit(weight(8, 64), requires_grad=False, **meta.__dict__).to("cpu")
+    new = Params4bit(weight(8, 64), requires_grad=False, **meta.__dict__).to(DEVICE)
     assert new.bnb_quantized
     assert (new.blocksize, new.quant_type) == (32, "nf4")
 
@@ -91,8 +92,8 @@ def test_float_weight_with_the_attributes_of_a_packed_one_is_packed_again():
     merged = weight(8, 64, seed=1)
     new = Params4bit(merged, requires_grad=False, **old.__dict__)
     assert not new.bnb_quantized
-    new = new.to("cpu")
-    expected = Params4bit(merged, quant_type="nf4").to("cpu")
+    new = new.to(DEVICE)
+    expected = Params4bit(merged, quant_type="nf4").to(DEVICE)
     assert_same(new, expected)
 
 
@@ -108,7 +109,7 @@ def test_packs_what_quantize_4bit_packs(dtype, quant_type, compress_statistics, 
         compress_statistics=compress_statistics,
         quant_storage=storage,
         blocksize=128,
-    ).to("cpu")
+    ).to(DEVICE)
     want, state = quantize_4bit(
         w,
         blocksize=128,
@@ -128,7 +129,7 @@ def test_packs_what_quantize_4bit_packs(dtype, quant_type, compress_statistics, 
 # --- When it packs -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("move", [lambda p: p.to("cpu"), lambda p: p.cpu()])
+@pytest.mark.parametrize("move", [lambda p: p.to(DEVICE), lambda p: p.cpu()])
 def test_first_move_packs_in_place(move):
     p = Params4bit(weight(8, 64))
     q = move(p)
@@ -153,14 +154,14 @@ def test_dtype_alone_does_not_pack():
     assert type(q) is Params4bit
     assert q.dtype == torch.bfloat16
     assert not q.bnb_quantized
-    q = q.to("cpu")
+    q = q.to(DEVICE)
     assert q.quant_state.dtype == torch.bfloat16
 
 
 def test_device_and_dtype_pack_from_full_precision():
-    p = Params4bit(weight(8, 64)).to("cpu", torch.bfloat16)
+    p = Params4bit(weight(8, 64)).to(DEVICE, torch.bfloat16)
     assert p.quant_state.dtype == torch.float32
-    assert raw(p) == raw(Params4bit(weight(8, 64)).to("cpu"))
+    assert raw(p) == raw(Params4bit(weight(8, 64)).to(DEVICE))
 
 
 def test_to_another_tensor():
@@ -175,12 +176,12 @@ def test_to_meta_when_packed_keeps_the_state():
     assert type(q) is Params4bit
     assert q.device.type == "meta"
     assert q.quant_state.absmax is absmax
-    assert absmax.device.type == "cpu"
+    assert absmax.device.type == DEVICE.type
 
 
 def test_from_meta_is_torchs_error():
     with pytest.raises(NotImplementedError, match="meta"):
-        Params4bit(weight(8, 64).to("meta")).to("cpu")
+        Params4bit(weight(8, 64).to("meta")).to(DEVICE)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
@@ -198,31 +199,31 @@ def test_cuda_without_cuda_is_torchs_error(build):
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
 def test_integers_cannot_be_packed(dtype):
     with pytest.raises((ValueError, TypeError), match=str(dtype).removeprefix("torch.")):
-        Params4bit(torch.zeros(8, 64, dtype=dtype)).to("cpu")
+        Params4bit(torch.zeros(8, 64, dtype=dtype)).to(DEVICE)
 
 
 def test_bad_blocksize():
     with pytest.raises(ValueError, match="48"):
-        Params4bit(weight(8, 64), blocksize=48).to("cpu")
+        Params4bit(weight(8, 64), blocksize=48).to(DEVICE)
 
 
 def test_requires_grad_is_refused_with_a_sentence():
     with pytest.raises(RuntimeError, match="requires_grad_"):
-        Params4bit(weight(8, 64), requires_grad=True).to("cpu")
+        Params4bit(weight(8, 64), requires_grad=True).to(DEVICE)
 
 
 def test_moves_take_the_state_along():
     p = packed(8, 64)
     seen = []
     p.quant_state.to = seen.append  # axolotl replaces it, too
-    p.to("cpu")
-    assert seen == [torch.device("cpu")]
+    p.to(DEVICE)
+    assert seen == [DEVICE]
 
 
 def test_to_the_same_device_is_the_same_parameter():
     p = packed(8, 64)
-    assert p.to("cpu") is p
-    other = p.to("cpu", copy=True)
+    assert p.to(DEVICE) is p
+    other = p.to(DEVICE, copy=True)
     assert other is not p
     assert other.data_ptr() != p.data_ptr()
     assert_same(other, p)
@@ -241,7 +242,7 @@ def test_to_the_same_device_is_the_same_parameter():
         lambda p: p.double(),
         lambda p: p.to(torch.float16),
         lambda p: p.to(torch.bfloat16),
-        lambda p: p.to("cpu", torch.float32),
+        lambda p: p.to(DEVICE, torch.float32),
         lambda p: p.to(torch.zeros(1, dtype=torch.float64)),
         lambda p: p.type(torch.float16),
     ],
@@ -272,7 +273,7 @@ def test_casts_convert_unpacked_weights(cast, dtype):
 
 
 def test_type_without_argument():
-    assert Params4bit(weight(2, 2)).type() == "torch.FloatTensor"
+    assert Params4bit(weight(2, 2)).type() == torch.zeros(()).type()
 
 
 def test_a_float_weight_put_back_into_a_packed_parameter_is_packed_again():
@@ -280,8 +281,8 @@ def test_a_float_weight_put_back_into_a_packed_parameter_is_packed_again():
     new = weight(8, 64, seed=1)
     p.data = new
     assert p.half().dtype == torch.float16
-    p = p.to("cpu")
-    assert raw(p) == raw(Params4bit(new, quant_type="nf4").to("cpu"))
+    p = p.to(DEVICE)
+    assert raw(p) == raw(Params4bit(new, quant_type="nf4").to(DEVICE))
 
 
 # --- Prequantized ------------------------------------------------------------------------------
@@ -294,7 +295,7 @@ def test_from_prequantized(prefix, compress_statistics, storage):
     p = packed(8, 96, compress_statistics=compress_statistics, quant_storage=storage)
     stats = {prefix + k: v for k, v in p.quant_state.as_dict(packed=True).items()}
     before = dict(stats)
-    q = Params4bit.from_prequantized(p.data, stats, requires_grad=False, device="cpu")
+    q = Params4bit.from_prequantized(p.data, stats, requires_grad=False, device=DEVICE)
     assert_same(q, p)
     assert q.module is None
     assert q.quant_storage == storage
@@ -308,7 +309,7 @@ def test_from_prequantized_tells_its_module():
     q = Params4bit.from_prequantized(
         data=p.data,
         quantized_stats=p.quant_state.as_dict(packed=True),
-        device="cpu",
+        device=DEVICE,
         module=owner,
         further=1,
     )
@@ -327,12 +328,12 @@ def test_from_prequantized_with_a_wrong_length(rows):
     p = packed(8, 64)
     data = torch.zeros(rows, 1, dtype=torch.uint8)
     with pytest.raises(ValueError, match=rf"takes 256 elements of torch.uint8, got {rows}"):
-        Params4bit.from_prequantized(data, p.quant_state.as_dict(packed=True), device="cpu")
+        Params4bit.from_prequantized(data, p.quant_state.as_dict(packed=True), device=DEVICE)
 
 
 def test_from_prequantized_without_statistics():
     with pytest.raises(ValueError, match="neither"):
-        Params4bit.from_prequantized(torch.zeros(4, 1, dtype=torch.uint8), {}, device="cpu")
+        Params4bit.from_prequantized(torch.zeros(4, 1, dtype=torch.uint8), {}, device=DEVICE)
 
 
 def test_made_by_hand():
@@ -340,7 +341,7 @@ def test_made_by_hand():
     p = packed(8, 64)
     q = torch.Tensor._make_subclass(Params4bit, p.data)
     q.quant_state = p.quant_state
-    assert q.to("cpu") is q  # not packed a second time
+    assert q.to(DEVICE) is q  # not packed a second time
     assert raw(q.float()) == raw(p)
     assert q.module is None
     assert copy.deepcopy(q).quant_state is not None
@@ -391,7 +392,7 @@ def test_deepcopy_is_independent_and_copy_is_not():
 
 def test_deepcopy_of_an_owner_owns_its_copy():
     owner = nn.Module()
-    owner.w = Params4bit(weight(8, 64), module=owner).to("cpu")
+    owner.w = Params4bit(weight(8, 64), module=owner).to(DEVICE)
     twin = copy.deepcopy(owner)
     assert twin.w.module is twin
     assert copy.deepcopy(owner.w).module is owner
@@ -507,7 +508,7 @@ def test_odd_shapes_keep_their_meaning(shape, storage):
     assert p.quant_state.shape == shape
     q = type(p)(p.data, **p.__dict__)
     assert q.bnb_quantized
-    assert q.to("cpu") is q
+    assert q.to(DEVICE) is q
     assert dequantize_4bit(q.data, q.quant_state).shape == shape
 
 

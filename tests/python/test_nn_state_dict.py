@@ -11,6 +11,7 @@ import torch
 from halfbyte.functional import dequantize_4bit, quantize_4bit
 from halfbyte.nn import EmbeddingNF4, Linear4bit, Params4bit
 from halfbyte.utils import pack_dict_to_tensor, unpack_tensor_to_dict
+from reference import DEVICE
 from torch import nn
 
 STORAGES = [torch.uint8, torch.bfloat16, torch.float16, torch.float32]
@@ -26,7 +27,7 @@ def linear(seed: int = 0, n_in: int = 96, n_out: int = 64, **config) -> Linear4b
 
 
 def quantized(seed: int = 0, **config) -> Linear4bit:
-    return linear(seed, **config).to("cpu")
+    return linear(seed, **config).to(DEVICE)
 
 
 def raw(tensor: torch.Tensor) -> bytes:
@@ -168,7 +169,7 @@ def test_assign_takes_the_tensors_of_the_state_dict():
     assert target.weight.dtype == torch.bfloat16
     assert target.quant_storage == torch.bfloat16
     assert target.weight.data_ptr() == saved["weight"].data_ptr()
-    assert target.bias.device.type == "cpu"
+    assert target.bias.device.type == DEVICE.type
     x = torch.randn(2, 96)
     assert torch.equal(target(x), quantized(quant_storage=torch.bfloat16)(x))
 
@@ -220,7 +221,7 @@ def test_safetensors_of_two_layers(tmp_path, nested):
 def test_loaded_layers_still_save_copy_and_move():
     target = linear(1)
     target.load_state_dict(quantized().state_dict())
-    twin = copy.deepcopy(target).half().to("cpu")
+    twin = copy.deepcopy(target).half().to(DEVICE)
     assert raw(twin.weight) == raw(target.weight)
 
 
@@ -231,7 +232,7 @@ def test_float_into_unquantized():
     source, target = linear(0), linear(1)
     target.load_state_dict(source.state_dict())
     assert torch.equal(target.weight, source.weight)
-    assert raw(target.to("cpu").weight) == raw(source.to("cpu").weight)
+    assert raw(target.to(DEVICE).weight) == raw(source.to(DEVICE).weight)
 
 
 @pytest.mark.parametrize("storage", STORAGES)
@@ -320,7 +321,7 @@ def test_statistics_for_a_layer_that_is_float_only():
 @pytest.mark.parametrize("ready", [False, True])
 def test_wrong_shape(ready):
     target = linear(1, n_in=64, n_out=96)
-    target = target.to("cpu") if ready else target
+    target = target.to(DEVICE) if ready else target
     with pytest.raises(RuntimeError, match=r"shape \[64, 96\], the module has \[96, 64\]"):
         target.load_state_dict({k: v for k, v in quantized().state_dict().items() if k != "bias"})
 
@@ -414,13 +415,13 @@ def test_a_failed_load_leaves_the_layer_usable():
 @pytest.mark.parametrize("dim", [64, 33])
 def test_embeddings_save_and_load(storage, dim):
     torch.manual_seed(0)
-    source = EmbeddingNF4(10, dim, quant_storage=storage).to("cpu")
+    source = EmbeddingNF4(10, dim, quant_storage=storage).to(DEVICE)
     saved = source.state_dict()
     assert list(saved) == ["weight", *PLAIN, "weight.quant_state.bitsandbytes__nf4"]
     index = torch.tensor([[0, 9], [3, 3]])
     for target in (
         EmbeddingNF4(10, dim, quant_storage=storage),
-        EmbeddingNF4(10, dim, quant_storage=storage).to("cpu"),
+        EmbeddingNF4(10, dim, quant_storage=storage).to(DEVICE),
     ):
         target.load_state_dict(saved)
         assert_same_dict(target.state_dict(), saved)
@@ -430,7 +431,7 @@ def test_embeddings_save_and_load(storage, dim):
 def test_embeddings_load_float_tables():
     torch.manual_seed(0)
     table = torch.randn(10, 64)
-    target = EmbeddingNF4(10, 64).to("cpu")
+    target = EmbeddingNF4(10, 64).to(DEVICE)
     target.load_state_dict({"weight": table})
     packed, state = quantize_4bit(table, quant_type="nf4")
     assert raw(target.weight) == raw(packed)
@@ -438,7 +439,7 @@ def test_embeddings_load_float_tables():
 
 
 def test_embedding_of_another_size():
-    saved = EmbeddingNF4(10, 64).to("cpu").state_dict()
+    saved = EmbeddingNF4(10, 64).to(DEVICE).state_dict()
     with pytest.raises(RuntimeError, match=r"shape \[10, 64\], the module has \[11, 64\]"):
         EmbeddingNF4(11, 64).load_state_dict(saved)
 

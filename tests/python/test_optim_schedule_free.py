@@ -11,7 +11,6 @@ import optim_cases as cases
 import pytest
 import torch
 from halfbyte import optim
-from halfbyte.optim import _paged
 from halfbyte.optim.optimizer import Optimizer8bit
 from torch import nn
 
@@ -401,11 +400,11 @@ def test_paged():
         optimizer.eval()
     assert cases.equal(a, b)
     for key in ("state1", "state2"):
-        assert _paged.is_file_backed(made.state[a[0]][key])
-        assert not _paged.is_file_backed(made.state[a[1]][key])
+        assert cases.in_pages(made.state[a[0]][key])
+        assert not cases.in_pages(made.state[a[1]][key])
     again = optim.AdamWScheduleFree8bit(a, is_paged=True)
     again.load_state_dict(made.state_dict())
-    assert _paged.is_file_backed(again.state[a[0]]["state1"])
+    assert cases.in_pages(again.state[a[0]]["state1"])
 
 
 @pytest.mark.parametrize(

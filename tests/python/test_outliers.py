@@ -16,6 +16,7 @@ import pytest
 import torch
 from halfbyte import utils
 from halfbyte.utils import OutlierTracer, find_outlier_dims, find_outliers
+from reference import DEVICE
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -207,7 +208,7 @@ def test_the_analysis_and_the_layer_agree(threshold: float):
     source, x = nn.Linear(96, 64), planted(rows=300)
     layer = halfbyte.nn.Linear8bitLt(96, 64, has_fp16_weights=False, threshold=threshold)
     layer.load_state_dict(source.state_dict())
-    layer.to("cpu").eval()
+    layer.to(DEVICE).eval()
     found = find_outliers(source, x)["Linear"]
     with torch.no_grad():
         exact = nn.functional.linear(x.double(), source.weight.double())
@@ -391,7 +392,7 @@ def test_four_bit_layers():
     source = nn.Linear(96, 64)
     layer = halfbyte.nn.Linear4bit(96, 64, compute_dtype=torch.float32)
     layer.load_state_dict(source.state_dict())
-    layer.to("cpu")
+    layer.to(DEVICE)
     x = planted()
     found = find_outliers(layer, x)
     assert found["Linear4bit"].columns.tolist() == list(PLANTED)
@@ -405,7 +406,7 @@ def test_eight_bit_layers():
     source = nn.Linear(96, 64)
     layer = halfbyte.nn.Linear8bitLt(96, 64, has_fp16_weights=False, threshold=6.0)
     layer.load_state_dict(source.state_dict())
-    layer.to("cpu")
+    layer.to(DEVICE)
     x = planted()
     float_points = find_outliers(source, x)["Linear"].points
     for _ in range(2):  # before and after the first forward has moved the scales

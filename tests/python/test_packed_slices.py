@@ -22,6 +22,7 @@ from halfbyte.functional import (
     quantize_4bit,
 )
 from halfbyte.nn import Embedding4bit, Linear4bit, Linear8bitLt
+from reference import DEVICE
 
 STORAGES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 
@@ -147,9 +148,9 @@ def test_int8() -> None:
 def test_layers(kind: str) -> None:
     torch.manual_seed(0)
     if kind == "int8":
-        layer = Linear8bitLt(256, 64, has_fp16_weights=False, threshold=6.0).to("cpu")
+        layer = Linear8bitLt(256, 64, has_fp16_weights=False, threshold=6.0).to(DEVICE)
     else:
-        layer = Linear4bit(256, 64, quant_type="nf4", compute_dtype=torch.float32).to("cpu")
+        layer = Linear4bit(256, 64, quant_type="nf4", compute_dtype=torch.float32).to(DEVICE)
     layer.eval()
     layer.bias.requires_grad_(False)
     x = torch.randn(3, 256)
@@ -166,7 +167,7 @@ def test_layers(kind: str) -> None:
     assert not columns[0].bias.requires_grad
     for key, value in columns[0].state_dict().items():
         assert key in layer.state_dict()
-        assert value.device.type == "cpu"
+        assert value.device.type == DEVICE.type
 
 
 def test_what_does_not_fit_is_named() -> None:

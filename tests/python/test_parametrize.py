@@ -9,6 +9,7 @@ import torch
 from halfbyte.functional import QuantState, dequantize_4bit, quantize_4bit
 from halfbyte.nn import parametrize as hb_parametrize
 from halfbyte.nn.parametrize import replace_parameter_4bit, replace_parameter_4bit_prequantized
+from reference import DEVICE
 from torch import nn
 from torch.nn.utils import parametrize as P
 
@@ -248,7 +249,7 @@ def test_deepcopy_casts_and_moves():
     want = made.experts(x)
     twin = copy.deepcopy(made)
     assert torch.equal(twin.experts(x), want)
-    twin.half().to("cpu")
+    twin.half().to(DEVICE)
     assert twin.experts.parametrizations.gate_up.original.dtype == torch.uint8
     assert torch.equal(twin.experts(x), want)
     model(3).load_state_dict(twin.state_dict())
@@ -266,7 +267,7 @@ def test_prequantized(prefix, nested):
     before = dict(stats)
     module = Experts(1)
     module.gate_up = nn.Parameter(packed, requires_grad=False)
-    replace_parameter_4bit_prequantized(module, "gate_up", stats, torch.device("cpu"))
+    replace_parameter_4bit_prequantized(module, "gate_up", stats, DEVICE)
     assert torch.equal(module.gate_up, dequantize_4bit(packed, state))
     assert stats == before
     assert isinstance(module.parametrizations.gate_up[0].quant_state, QuantState)
@@ -279,7 +280,7 @@ def test_prequantized_errors():
     module = Experts()
     packed, state = quantize_4bit(module.gate_up.data, quant_type="nf4")
     stats = state.as_dict(packed=True)
-    device = torch.device("cpu")
+    device = DEVICE
     with pytest.raises(ValueError, match=r"takes 2048 .*torch\.float32|takes 512 elements"):
         replace_parameter_4bit_prequantized(module, "gate_up", stats, device)
     with pytest.raises(AttributeError, match="missing"):

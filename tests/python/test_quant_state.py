@@ -18,6 +18,7 @@ from halfbyte.functional import (
     quantize_blockwise,
 )
 from halfbyte.utils import pack_dict_to_tensor, unpack_tensor_to_dict
+from reference import DEVICE
 
 
 def make(nested: bool = True, quant_type: str = "nf4", dtype=torch.bfloat16):
@@ -80,7 +81,7 @@ def test_dictionaries_round_trip(nested, quant_type, packed, prefix):
         # Only what checkpoints hold has prefixes.
         return
     before = dict(saved)
-    loaded = QuantState.from_dict(saved, device="cpu")
+    loaded = QuantState.from_dict(saved, device=DEVICE)
     assert list(saved) == list(before)
     assert loaded == state
     assert loaded.shape == torch.Size([64, 96])
@@ -156,7 +157,7 @@ JSON = "quant_state.bitsandbytes__nf4"
 )
 def test_broken_dictionaries(saved, message):
     with pytest.raises(ValueError, match=message):
-        QuantState.from_dict(saved, device="cpu")
+        QuantState.from_dict(saved, device=DEVICE)
 
 
 def broken_plain(**changes):
@@ -209,7 +210,7 @@ BLOCKS = "must be one of 32, 64, 128, 256, 512, 1024, 2048, 4096, got"
 )
 def test_parts_that_do_not_fit(changes, message):
     with pytest.raises(ValueError, match=message):
-        QuantState.from_dict(broken(**changes), device="cpu")
+        QuantState.from_dict(broken(**changes), device=DEVICE)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +226,7 @@ def test_parts_that_do_not_fit(changes, message):
 )
 def test_plain_states_that_do_not_fit(changes, message):
     with pytest.raises(ValueError, match=message):
-        QuantState.from_dict(broken_plain(**changes), device="cpu")
+        QuantState.from_dict(broken_plain(**changes), device=DEVICE)
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 200_000, b"1" * 5000])
@@ -233,18 +234,18 @@ def test_damaged_json_names_its_tensor(text):
     saved = {f"weight.{k}": v for k, v in make()[1].as_dict(packed=True).items()}
     saved[f"weight.{JSON}"] = torch.tensor(list(text), dtype=torch.uint8)
     with pytest.raises(ValueError, match=rf"^weight\.{JSON} must hold JSON"):
-        QuantState.from_dict(saved, device="cpu")
+        QuantState.from_dict(saved, device=DEVICE)
 
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_states_of_8_bits_round_trip(nested):
     codes, state = quantize_blockwise(ref.samples((10, 100)), blocksize=64, nested=nested)
-    loaded = QuantState.from_dict(state.as_dict(), device="cpu")
+    loaded = QuantState.from_dict(state.as_dict(), device=DEVICE)
     assert loaded == state
     assert torch.equal(dequantize_blockwise(codes, loaded), dequantize_blockwise(codes, state))
     for size in (0, 257):
         with pytest.raises(ValueError, match="quant_map must have 1 to 256 entries"):
-            QuantState.from_dict({**state.as_dict(), "quant_map": torch.ones(size)}, "cpu")
+            QuantState.from_dict({**state.as_dict(), "quant_map": torch.ones(size)}, DEVICE)
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -252,7 +253,7 @@ def test_states_of_8_bits_round_trip(nested):
 def test_small_states_round_trip(nested, shape):
     _, state = quantize_4bit(torch.ones(shape), compress_statistics=nested)
     for packed in (False, True):
-        assert QuantState.from_dict(state.as_dict(packed=packed), device="cpu") == state
+        assert QuantState.from_dict(state.as_dict(packed=packed), device=DEVICE) == state
 
 
 def test_tensors_on_meta_are_read():
@@ -267,7 +268,7 @@ def test_the_default_dtype_does_not_matter():
     saved = make()[1].as_dict()
     torch.set_default_dtype(torch.float64)
     try:
-        assert QuantState.from_dict(saved, device="cpu").offset.dtype == torch.float32
+        assert QuantState.from_dict(saved, device=DEVICE).offset.dtype == torch.float32
         for make_map in (
             functional.create_dynamic_map,
             functional.create_linear_map,
@@ -289,7 +290,7 @@ def test_to_moves_in_place():
         assert {tensor.device.type for tensor in tensors} == {"meta"}
     weight, state = make()
     dense = dequantize_4bit(weight, state)
-    state.to(torch.device("cpu"))
+    state.to(DEVICE)
     assert torch.equal(dequantize_4bit(weight, state), dense)
 
 

@@ -8,6 +8,7 @@
 //   HALFBYTE_EMULATOR_FAIL=cuInit=100,cuLaunchKernel=700   calls that fail, and with what
 //   HALFBYTE_EMULATOR_LOG=<file>         a line for each call that a test may want to count
 #include "emulator.h"
+#include "races.h"
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
@@ -182,6 +183,7 @@ Result allocate(Pointer* out, size_t bytes, bool managed) {
     memset(start, 0xFF, bytes); // not zero, and NaN as a float
     memset(start + bytes, CANARY, (size_t)(end - start) - bytes);
     memset(base, CANARY, (size_t)(start - base));
+    emulator::races::allocated(start, bytes);
     std::lock_guard<std::mutex> guard(lock);
     *out = (Pointer)start;
     blocks[*out] = Block{base, mapped, bytes, start, managed, now() ? now()->device : 0};
@@ -203,6 +205,7 @@ Result release(Pointer pointer) {
             abort();
         }
     }
+    emulator::races::freed(b.start);
     munmap(b.base, b.mapped);
     blocks.erase(found);
     return SUCCESS;

@@ -1,11 +1,11 @@
 // The fibers and the registry. See emulator.h.
 #include "emulator.h"
+#include "races.h"
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
-#include <mutex>
-#include <string>
 #include <sys/mman.h>
 #include <thread>
 #include <vector>
@@ -114,6 +114,17 @@ struct Place {
     size_t offset, bytes;
 };
 
+struct Launch {
+    const Kernel& kernel;
+    dim3_ blocks, threads;
+    size_t dynamic_bytes;
+    void** arguments;
+    unsigned capability;
+    bool watched; // for races
+};
+
+// What blocks run on, one after the other: each host thread has one and keeps it, so that stacks
+// and shared memory are mapped once.
 struct Machine {
     std::vector<Fiber> fibers;
     std::vector<Warp> warps;
@@ -122,8 +133,7 @@ struct Machine {
     size_t stack_count = 0;
     void* host = nullptr;
     Fiber* now = nullptr;
-    const Kernel* kernel = nullptr;
-    void** arguments = nullptr;
+    const Launch* launch = nullptr;
     std::map<std::pair<const void*, int>, Place> places;
     char* shared = nullptr; // static, then dynamic shared memory
     size_t shared_used = 0, dynamic_bytes = 0;
@@ -137,9 +147,17 @@ struct Machine {
 };
 thread_local Machine* machine = nullptr;
 
+// Tells the search for races where the running fiber is.
+void watch(Machine& m) {
+    if (!m.launch->watched) return;
+    unsigned index = m.now->state.index;
+    races::enter(index, m.barrier.generation, m.warps[index / 32].barrier.generation);
+}
+
 void yield() {
     Machine& m = *machine;
     Fiber* fiber = m.now;
+    races::leave();
     halfbyte_switch(&fiber->sp, m.host);
 }
 
@@ -152,6 +170,7 @@ void wait(Barrier& barrier) {
     Machine& m = *machine;
     if (++barrier.here == barrier.wanted) {
         release(barrier);
+        watch(m);
         return;
     }
     m.now->waits = &barrier.generation;
@@ -166,7 +185,7 @@ void leave(Barrier& barrier) {
 
 void fiber_main() {
     Machine& m = *machine;
-    m.kernel->call(*m.kernel, m.arguments);
+    m.launch->kernel.call(m.launch->kernel, m.launch->arguments);
     Fiber& fiber = *m.now;
     fiber.ended = true;
     leave(m.barrier);
@@ -196,8 +215,8 @@ Schedule schedule() {
     return result;
 }
 
-void run_block(Machine& m, dim3_ block, dim3_ blocks, dim3_ threads, unsigned capability,
-               std::vector<unsigned>& order, Schedule& s) {
+void run_block(Machine& m, dim3_ block, std::vector<unsigned>& order, Schedule& s) {
+    const dim3_ threads = m.launch->threads;
     unsigned n = threads.x * threads.y * threads.z;
     m.barrier = Barrier{n, 0, 0};
     memset(m.shared, 0xFF, m.shared_used);
@@ -212,7 +231,7 @@ void run_block(Machine& m, dim3_ block, dim3_ blocks, dim3_ threads, unsigned ca
         f.ended = false;
         f.waits = nullptr;
         dim3_ thread = {i % threads.x, i / threads.x % threads.y, i / threads.x / threads.y};
-        f.state = Thread{thread, block, threads, blocks, i, capability};
+        f.state = Thread{thread, block, threads, m.launch->blocks, i, m.launch->capability};
     }
     unsigned left = n;
     while (left > 0) {
@@ -228,6 +247,7 @@ void run_block(Machine& m, dim3_ block, dim3_ blocks, dim3_ threads, unsigned ca
             if (f.ended || (f.waits && *f.waits == f.generation)) continue;
             f.waits = nullptr;
             m.now = &f;
+            watch(m);
             halfbyte_switch(&m.host, f.sp);
             left -= f.ended;
             moved = true;
@@ -251,7 +271,9 @@ void* shared_at(const void* file, int line, size_t bytes, size_t alignment) {
         size_t at = (m.shared_used + alignment - 1) / alignment * alignment;
         at = (at + 15) / 16 * 16;
         if (at + bytes > Machine::STATIC_BYTES) fail("declares more than 48 KiB of shared memory");
+        races::leave(); // this is not the kernel's doing
         memset(m.shared + at, 0xFF, bytes);
+        watch(m);
         place->second.offset = at;
         m.shared_used = at + bytes;
     }
@@ -263,7 +285,7 @@ void* dynamic_shared() { return machine->dynamic(); }
 void fail(const char* what) {
     const Thread* t = machine && machine->now ? &machine->now->state : nullptr;
     fprintf(stderr, "emulator: kernel %s: block (%u, %u, %u) thread %u %s\n",
-            machine && machine->kernel ? machine->kernel->name : "?", t ? t->block.x : 0,
+            machine ? machine->launch->kernel.name : "?", t ? t->block.x : 0,
             t ? t->block.y : 0, t ? t->block.z : 0, t ? t->index : 0, what);
     abort();
 }
@@ -282,12 +304,8 @@ const Kernel* find(const char* name) {
     return nullptr;
 }
 
-void launch(const Kernel& kernel, dim3_ blocks, dim3_ threads, size_t dynamic_shared_bytes,
-            void** arguments, unsigned capability) {
-    // A machine for each host thread, kept: stacks and shared memory are mapped once.
-    static thread_local Machine kept;
-    Machine& m = kept;
-    unsigned n = threads.x * threads.y * threads.z;
+static void prepare(Machine& m, const Launch& launch) {
+    unsigned n = launch.threads.x * launch.threads.y * launch.threads.z;
     if (m.stack_count < n) {
         if (m.stacks) munmap(m.stacks, m.stack_count * STACK);
         m.stack_count = n;
@@ -302,20 +320,46 @@ void launch(const Kernel& kernel, dim3_ blocks, dim3_ threads, size_t dynamic_sh
     }
     m.fibers.resize(n);
     m.warps.resize((n + 31) / 32);
-    m.kernel = &kernel;
-    m.arguments = arguments;
+    m.launch = &launch;
     m.places.clear();
     m.shared_used = 0;
-    m.dynamic_bytes = std::min(dynamic_shared_bytes, Machine::SHARED_BYTES - Machine::STATIC_BYTES);
+    m.dynamic_bytes = std::min(launch.dynamic_bytes, Machine::SHARED_BYTES - Machine::STATIC_BYTES);
+}
+
+// Runs blocks on this host thread until there are none left.
+static void work(const Launch& launch, std::atomic<uint64_t>& next, unsigned worker) {
+    static thread_local Machine kept;
+    Machine& m = kept;
+    prepare(m, launch);
     machine = &m;
+    const dim3_ blocks = launch.blocks;
+    if (launch.watched) races::begin(launch.kernel.name, blocks, m.shared, Machine::SHARED_BYTES);
     Schedule s = schedule();
+    s.seed += 2 * worker;
+    unsigned n = (unsigned)m.fibers.size();
     std::vector<unsigned> order(n);
     for (unsigned i = 0; i < n; i++) order[i] = s.order == Order::Down ? n - 1 - i : i;
-    for (unsigned z = 0; z < blocks.z; z++)
-        for (unsigned y = 0; y < blocks.y; y++)
-            for (unsigned x = 0; x < blocks.x; x++)
-                run_block(m, dim3_{x, y, z}, blocks, threads, capability, order, s);
+    for (uint64_t i; (i = next++) < (uint64_t)blocks.x * blocks.y * blocks.z;) {
+        if (launch.watched) races::begin_group(i);
+        uint64_t row = i / blocks.x;
+        dim3_ block = {(unsigned)(i % blocks.x), (unsigned)(row % blocks.y), (unsigned)(row / blocks.y)};
+        run_block(m, block, order, s);
+    }
+    if (launch.watched) races::end();
     machine = nullptr;
+}
+
+void launch(const Kernel& kernel, dim3_ blocks, dim3_ threads, size_t dynamic_shared_bytes,
+            void** arguments, unsigned capability) {
+    Launch launch{kernel, blocks, threads, dynamic_shared_bytes, arguments, capability, races::wanted()};
+    std::atomic<uint64_t> next{0};
+    const char* text = getenv("HALFBYTE_EMULATOR_WORKERS");
+    unsigned workers = text && !launch.watched ? (unsigned)atoi(text) : 1;
+    std::vector<std::thread> others;
+    for (unsigned i = 1; i < std::min<uint64_t>(workers, (uint64_t)blocks.x * blocks.y * blocks.z); i++)
+        others.emplace_back([&launch, &next, i] { work(launch, next, i); });
+    work(launch, next, 0);
+    for (std::thread& other : others) other.join();
 }
 
 } // namespace emulator

@@ -2,9 +2,12 @@
 //
 // A fiber runs until it waits at a barrier (of its block or its warp) or ends. Shuffles and matrix
 // instructions are exchanges through a buffer of the warp between two barriers, so that all lanes
-// must take part. Memory is coherent and copies are done at once: races and missing waits for
-// asynchronous copies cannot be seen here; a missing barrier shows when the order of threads changes
-// (HALFBYTE_EMULATOR_ORDER).
+// must take part. A missing barrier shows when the order of threads changes. Environment, read at
+// each launch:
+//   HALFBYTE_EMULATOR_ORDER=up|down|random:<seed>   of the threads of a block between two barriers
+//   HALFBYTE_EMULATOR_WORKERS=<n>   blocks run on as many host threads at the same time
+//   HALFBYTE_EMULATOR_RACES=1       accesses that nothing orders end the process (see races.h); the
+//                                   blocks run one after the other
 #ifndef HALFBYTE_EMULATOR_H
 #define HALFBYTE_EMULATOR_H
 #include <cmath>
@@ -183,7 +186,7 @@ inline unsigned atomicOr(unsigned* p, unsigned v) { return __atomic_fetch_or(p, 
 inline unsigned atomicAdd(unsigned* p, unsigned v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }
 inline int atomicAdd(int* p, int v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }
 inline unsigned atomicMax(unsigned* p, unsigned v) {
-    unsigned old = *p;
+    unsigned old = __atomic_load_n(p, __ATOMIC_RELAXED);
     while (old < v && !__atomic_compare_exchange_n(p, &old, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
     }
     return old;

@@ -2,12 +2,15 @@
 //!
 //! What was compiled is kept in `<target>/nvrtc`, by a hash of everything it depends on: a debug build,
 //! a release build and a changed comment elsewhere do not compile it again. The log of ptxas lies
-//! beside it; `scripts/nvrtc-check` reads registers and spills there.
+//! beside it; `scripts/nvrtc-check` reads registers and spills there. So does each unit's code for all
+//! architectures, packed together.
 
+use crate::pack::Kind;
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::fmt::Write as _;
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::ptr;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -35,15 +38,23 @@ struct Job<'a> {
     unit: &'a Unit,
     architecture: &'static str,
     options: Vec<String>,
-    /// Where the packed cubin is kept.
+    /// Where the cubin is kept.
     kept: PathBuf,
 }
 
-/// Packed cubins of all units, in their order, each for all of [`ARCHITECTURES`].
+/// The cubins of a unit.
+pub(crate) struct Cubins {
+    /// All of them in one packed stream.
+    pub(crate) packed: PathBuf,
+    /// Compute capability and length in bytes of each.
+    pub(crate) parts: Vec<(u32, usize)>,
+}
+
+/// Cubins of all units, in their order, each for all of [`ARCHITECTURES`].
 ///
 /// # Panics
 /// With the compiler's log when a unit does not compile.
-pub(crate) fn compile(library: &Path, units: &[Unit], kept: &Path) -> Vec<Vec<PathBuf>> {
+pub(crate) fn compile(library: &Path, units: &[Unit], kept: &Path) -> Vec<Cubins> {
     let nvrtc = Nvrtc::open(library).unwrap_or_else(|error| {
         panic!("NVRTC_LIB must name an NVRTC library, got {}: {error}", library.display())
     });
@@ -57,28 +68,59 @@ pub(crate) fn compile(library: &Path, units: &[Unit], kept: &Path) -> Vec<Vec<Pa
             let mut hash = DefaultHasher::new();
             (version, &options, &unit.text).hash(&mut hash);
             let kept =
-                kept.join(format!("{}.{architecture}.{:016x}.lzma", unit.name, hash.finish()));
+                kept.join(format!("{}.{architecture}.{:016x}.cubin", unit.name, hash.finish()));
             Job { unit, architecture, options, kept }
         })
         .collect();
 
-    let next = AtomicUsize::new(0);
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    std::thread::scope(|scope| {
-        for _ in 0..threads.min(jobs.len()) {
-            scope.spawn(|| {
-                while let Some(job) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    if !job.kept.is_file() {
-                        nvrtc.run(job);
-                    }
-                }
-            });
+    on_all_cores(&jobs, |job| {
+        if !job.kept.is_file() {
+            nvrtc.run(job);
         }
     });
     list(kept, version, &jobs);
-    jobs.chunks(ARCHITECTURES.len())
-        .map(|jobs| jobs.iter().map(|job| job.kept.clone()).collect())
-        .collect()
+    let of_units: Vec<&[Job<'_>]> = jobs.chunks(ARCHITECTURES.len()).collect();
+    on_all_cores(&of_units, |jobs| packed(jobs))
+}
+
+/// What `run` makes of each of `items`.
+fn on_all_cores<T: Sync, R: Send>(items: &[T], run: impl Fn(&T) -> R + Sync) -> Vec<R> {
+    let next = AtomicUsize::new(0);
+    let work = || {
+        let mut done = Vec::new();
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            let Some(item) = items.get(index) else { return done };
+            done.push((index, run(item)));
+        }
+    };
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut results: Vec<_> = std::thread::scope(|scope| {
+        let running: Vec<_> = (0..threads.min(items.len())).map(|_| scope.spawn(work)).collect();
+        running
+            .into_iter()
+            .flat_map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)))
+            .collect()
+    });
+    results.sort_by_key(|&(index, _)| index);
+    results.into_iter().map(|(_, result)| result).collect()
+}
+
+/// Packs the cubins of one unit, for which `jobs` are, unless that is done already.
+fn packed(jobs: &[Job<'_>]) -> Cubins {
+    let mut hash = DefaultHasher::new();
+    for job in jobs {
+        job.kept.file_name().hash(&mut hash);
+    }
+    let name = format!("{}.{:016x}.lzma", jobs[0].unit.name, hash.finish());
+    let packed = jobs[0].kept.with_file_name(name);
+    let read = |job: &Job<'_>| fs::read(&job.kept).expect("a cubin that was compiled");
+    let cubins: Vec<Vec<u8>> = jobs.iter().map(read).collect();
+    if !packed.is_file() {
+        write(&packed, &crate::pack::pack(&cubins.concat(), Kind::Code));
+    }
+    let capabilities = ARCHITECTURES.iter().map(|&(capability, _)| capability);
+    Cubins { packed, parts: capabilities.zip(cubins.iter().map(Vec::len)).collect() }
 }
 
 /// What the run-time compiler is told too, and that the log is wanted.
@@ -185,6 +227,6 @@ impl Nvrtc {
         let text = String::from_utf8_lossy(&log);
         assert_eq!(status, 0, "{}.cu for {}:\n{text}", job.unit.name, job.architecture);
         write(&job.kept.with_extension("log"), text.trim_end_matches('\0').as_bytes());
-        write(&job.kept, &crate::pack::pack(&cubin));
+        write(&job.kept, &cubin);
     }
 }

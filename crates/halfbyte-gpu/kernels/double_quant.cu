@@ -8,8 +8,8 @@
 // A sum is an integer in units of 2^-149, held in nine digits of 32 bits that may overflow into the
 // upper halves of 64: 2^31 additions a digit are safe, and the launcher takes no more. Integer
 // addition has no order, so the mean does not depend on the size of the grid.
-#include "eight.h"
 #include "encode8.h"
+#include "tile.h"
 
 #define SUM_THREADS 128
 #define DIGITS 9
@@ -124,9 +124,18 @@ KERNEL(128, absmax_mean, (GLOBAL const i64* sums, u32 groups, u64 n, GLOBAL floa
     }
 }
 
+// The magnitude of eight distances from the mean.
+DEVICE u32 distances_magnitude(const u32* w, float mean) {
+    float x[8];
+    UNROLL
+    for (u32 i = 0; i < 8; i++) x[i] = as_float(w[i]) - mean;
+    return magnitude8(x);
+}
+
 #define QUANTIZE quantize_absmax
 #define CODE_PARAMETERS GLOBAL const float* offset
 #define BORDER(i) DYNAMIC_SIGNED_BORDERS[i]
 #define ELEMENT(x) ((x) - offset[0])
+#define MAGNITUDE(w) distances_magnitude(w, offset[0])
 #define T f32
 #include "quantize_blockwise.inc.h"

@@ -80,6 +80,22 @@ DEVICE void store8_f16(GLOBAL f16* p, const float* x) {
 #define LOAD8(p, x) PASTE(load8_, T)(p, x)
 #define STORE8(p, x) PASTE(store8_, T)(p, x)
 
+// The larger number; where one is NaN, the other.
+#if OPENCL
+#define LARGER(a, b) fmax(a, b)
+#else
+#define LARGER(a, b) fmaxf(a, b)
+#endif
+
+// The upper bytes of four words.
+DEVICE u32 upper_bytes(u32 a, u32 b, u32 c, u32 d) {
+#if CUDA && !EMULATED
+    return __byte_perm(__byte_perm(a, b, 0x73), __byte_perm(c, d, 0x73), 0x5410);
+#else
+    return a >> 24 | b >> 24 << 8 | c >> 24 << 16 | d >> 24 << 24;
+#endif
+}
+
 // ---- absmax -------------------------------------------------------------------------------------
 
 // The largest magnitude of eight, as bits: infinity and then NaN above all numbers.

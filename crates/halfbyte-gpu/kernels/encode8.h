@@ -2,7 +2,7 @@
 #ifndef HALFBYTE_ENCODE8_H
 #define HALFBYTE_ENCODE8_H
 #include "cells8.h"
-#include "port.h"
+#include "eight.h"
 
 // What is known about a code: one of the default maps, or nothing.
 #define KIND_OTHER 0
@@ -29,35 +29,53 @@ DEVICE u32 search8(float y, LOCAL const float* borders) {
 // NaN stays NaN.
 DEVICE float clamp_to_one(float y) { return y < -1.0f ? -1.0f : y > 1.0f ? 1.0f : y; }
 
-// The default maps need no search: a cell of magnitudes (cells8.h) has one border at most, and a
-// table says how many lie below it. borders[255] is infinity. y is not NaN.
-#define CELL8_FLOOR 1.1920929e-7f // 2^-23, below every border above zero
+// The default maps need no search: one look-up in a table over the upper bits of y (cells8.h) and
+// an addition. With bits = those of |y|, no number being nearer to zero than the first border,
+//
+//     z    = bits, inverted below zero: z ascends with y on either side
+//     code = the upper byte of cells[upper bits of z] + z
+//
+// A cell holds one border at most. Its word is (code << 24) + 0xFFFFFF - (z of the border), code
+// being the one below the border: above it the sum carries into the next. Twelve of the upper bits
+// tell all cells apart. y is not NaN, and |y| is 1 and an ulp at most.
 
-DEVICE u32 start8(float magnitude, LOCAL const u8* starts) {
-    return starts[(as_u32(magnitude) >> CELL8_SHIFT) - FLOOR_CELL];
+DEVICE u32 cell_word(LOCAL const U4* cells, u32 offset) {
+    return *(LOCAL const u32*)((LOCAL const u8*)cells + (offset & 0x3FFCu) - 4 * CELLS8_FIRST);
 }
 
-DEVICE float into_cells8(float y) {
-    y = y > CELL8_FLOOR ? y : CELL8_FLOOR;
-    return y < 1.0f ? y : 1.0f;
+// The nearest code in the upper byte.
+DEVICE u32 nearest_signed(float y, LOCAL const U4* cells) {
+    u32 bits = as_u32(LARGER(abs_(y), as_float(SIGNED_LOWEST8)));
+    u32 z = bits ^ (u32)((i32)as_u32(y) >> 31);
+    return cell_word(cells, z >> (SIGNED_SHIFT8 - 2)) + z;
 }
 
-// Index 127 is zero, and 0..=126 mirror 128..=254.
-DEVICE u32 encode_signed(float y, LOCAL const float* borders, LOCAL const u8* starts) {
-    float magnitude = into_cells8(abs_(y));
-    u32 start = start8(magnitude, starts);
-    float border = borders[127 + start];
-    if (y < 0.0f) {
-        u32 steps = start + (magnitude >= border ? 1u : 0u);
-        return 127 - min_(steps, 127u);
+DEVICE u32 nearest_unsigned(float y, LOCAL const U4* cells) {
+    u32 z = as_u32(LARGER(y, as_float(UNSIGNED_LOWEST8)));
+    return cell_word(cells, z >> (UNSIGNED_SHIFT8 - 2)) + z;
+}
+
+#if OPENCL
+#define FOURS(words) ((__constant const U4*)(words))
+#else
+#define FOURS(words) ((const U4*)(words))
+#endif
+
+// The table of a map goes to where it is looked up. All 256 threads of a group take part.
+DEVICE void copy_signed_cells(LOCAL U4* cells) {
+    const u32 below = SIGNED_BELOW_WORDS8 / 4, above = SIGNED_ABOVE_WORDS8 / 4;
+    UNROLL
+    for (u32 k = 0; k < (below + above + 255) / 256; k++) {
+        u32 i = THREAD + 256 * k, to = SIGNED_BELOW_AT8 / 4 + i;
+        if (i >= below) to += (SIGNED_ABOVE_AT8 - SIGNED_BELOW_AT8) / 4 - below;
+        if (i < below + above) cells[to] = FOURS(DYNAMIC_SIGNED_CELLS)[i];
     }
-    return 127 + start + (magnitude > border ? 1u : 0u);
 }
 
-DEVICE u32 encode_unsigned(float y, LOCAL const float* borders, LOCAL const u8* starts) {
-    float magnitude = into_cells8(y);
-    u32 start = start8(magnitude, starts);
-    return start + (magnitude > borders[start] ? 1u : 0u);
+DEVICE void copy_unsigned_cells(LOCAL U4* cells) {
+    for (u32 i = THREAD; i < UNSIGNED_ABOVE_WORDS8 / 4; i += 256) {
+        cells[UNSIGNED_ABOVE_AT8 / 4 + i] = FOURS(DYNAMIC_UNSIGNED_CELLS)[i];
+    }
 }
 
 #endif

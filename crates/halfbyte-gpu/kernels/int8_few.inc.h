@@ -1,16 +1,16 @@
-// int8_few_<ROWS> of int8_matmul_plain.cu: up to ROWS rows from row GROUP_Y * ROWS on.
+// int8_few_<ROWS> of int8_matmul_plain.cu: up to ROWS rows, and the outputs of a group.
 //
 // Rows and outputs past the end repeat the last one and are not stored, so that there is no branch
 // around the loads.
 
 #define SUMS (FEW_OUTPUTS * ROWS)
 
-KERNEL(FEW_THREADS, NAMED(PASTE(int8_few_, ROWS)), PRODUCT_ARGUMENTS) {
+KERNEL(FEW_THREADS, NAMED(PASTE(FEW_NAME, ROWS)), PRODUCT_ARGUMENTS) {
 #if !HAVE_SHUFFLE
     SHARED(i32, partial, SUMS * FEW_THREADS);
 #endif
-    u64 m0 = GROUP_Y * ROWS;
-    u64 o0 = (GROUP * (FEW_THREADS / 32) + THREAD / 32) * FEW_OUTPUTS;
+    FEW_TILE();
+    u64 o0 = (across * (FEW_THREADS / 32) + THREAD / 32) * FEW_OUTPUTS;
     i32 sums[SUMS];
     GLOBAL const i8* w[FEW_OUTPUTS];
     GLOBAL const i8* x[ROWS];
@@ -19,7 +19,7 @@ KERNEL(FEW_THREADS, NAMED(PASTE(int8_few_, ROWS)), PRODUCT_ARGUMENTS) {
     UNROLL
     for (u32 i = 0; i < FEW_OUTPUTS; i++) w[i] = weight + min_(o0 + i, outputs - 1) * depth;
     UNROLL
-    for (u32 i = 0; i < ROWS; i++) x[i] = a + min_(m0 + i, rows - 1) * stride;
+    for (u32 i = 0; i < ROWS; i++) x[i] = a + INPUT_ROW(min_(m0 + i, rows - 1)) * stride;
 
     if ((((u64)a | (u64)weight | stride | depth) & 15) == 0) {
         for (u64 k = 16 * LANE; k < depth; k += FEW_AHEAD * 512) {
@@ -38,6 +38,7 @@ KERNEL(FEW_THREADS, NAMED(PASTE(int8_few_, ROWS)), PRODUCT_ARGUMENTS) {
                 if (k + s * 512 >= depth) break;
                 UNROLL
                 for (u32 m = 0; m < ROWS; m++) {
+                    if (!PLACED(m)) break;
                     U4 codes = *(GLOBAL const U4*)(x[m] + k + s * 512);
                     UNROLL
                     for (u32 i = 0; i < FEW_OUTPUTS; i++) {
@@ -51,6 +52,7 @@ KERNEL(FEW_THREADS, NAMED(PASTE(int8_few_, ROWS)), PRODUCT_ARGUMENTS) {
         for (u64 k = LANE; k < depth; k += 32) {
             UNROLL
             for (u32 m = 0; m < ROWS; m++) {
+                if (!PLACED(m)) break;
                 UNROLL
                 for (u32 i = 0; i < FEW_OUTPUTS; i++) {
                     sums[m * FEW_OUTPUTS + i] += (i32)x[m][k] * (i32)w[i][k];
@@ -80,7 +82,7 @@ KERNEL(FEW_THREADS, NAMED(PASTE(int8_few_, ROWS)), PRODUCT_ARGUMENTS) {
     u32 outliers = count ? (u32)count[0] : 0;
 #endif
     u64 m = m0 + LANE / FEW_OUTPUTS, o = o0 + LANE % FEW_OUTPUTS;
-    if (LANE < SUMS && m < rows && o < outputs) FINISH(mine, m, o);
+    if (LANE < SUMS && m < rows && o < outputs) FINISH(mine, INPUT_ROW(m), OUTPUT_ROW(m), o);
 }
 
 #undef SUMS

@@ -6,13 +6,19 @@
 //   out[m][c] = round(sum)
 //
 // A group takes 64 x 64 results: threads are 16 x 16, each has every sixteenth row and column.
-#include "int8.h"
+#include "int8_grad_plain.h"
 
-#define TILE 64
-// Outputs of the layer in a step.
-#define STEP 16
-// A row of shared memory: one more than the tile, so that a warp writes to different banks.
-#define PITCH 65
+#define GRAD_NAME int8_grad_plain
+#define GRAD_ARGUMENTS                                                                             \
+    (GLOBAL const T* grad, GLOBAL const i8* codes, GLOBAL const float* scales, GLOBAL T* out,      \
+     u64 rows, u64 outputs, u64 columns)
+#define GRAD_TILE()                                                                                \
+    u64 across = (columns + TILE - 1) / TILE;                                                      \
+    u64 m0 = GROUP / across * TILE, c0 = GROUP % across * TILE
+#define GRAD_STORE STORE
+#define ROUTED 0
+#define INPUT_ROW(m) (m)
+#define OUTPUT_ROW(m) (m)
 
 #define T f32
 #include "dtype.h"

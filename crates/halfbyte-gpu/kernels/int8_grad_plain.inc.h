@@ -1,12 +1,13 @@
 // The kernel of int8_grad_plain.cu for elements of type T.
 
-KERNEL(256, NAMED(int8_grad_plain), (GLOBAL const T* grad, GLOBAL const i8* codes,
-                                     GLOBAL const float* scales, GLOBAL T* out, u64 rows,
-                                     u64 outputs, u64 columns)) {
+KERNEL(256, NAMED(GRAD_NAME), GRAD_ARGUMENTS) {
     SHARED(float, left, STEP * PITCH);
     SHARED(float, right, STEP * PITCH);
-    u64 across = (columns + TILE - 1) / TILE;
-    u64 m0 = GROUP / across * TILE, c0 = GROUP % across * TILE;
+#if ROUTED
+    SHARED(u32, inputs, TILE);
+    SHARED(u32, listed, TILE);
+#endif
+    GRAD_TILE();
     u32 x = THREAD % 16, y = THREAD / 16;
     float sums[4][4];
     for (u32 i = 0; i < 4; i++) {
@@ -16,7 +17,7 @@ KERNEL(256, NAMED(int8_grad_plain), (GLOBAL const T* grad, GLOBAL const i8* code
         for (u32 i = THREAD; i < TILE * STEP; i += THREADS) {
             u64 m = m0 + i / STEP, o = o0 + i % STEP;
             left[i % STEP * PITCH + i / STEP] =
-                m < rows && o < outputs ? LOAD(grad, m * outputs + o) : 0.0f;
+                m < rows && o < outputs ? LOAD(grad, INPUT_ROW(m) * outputs + o) : 0.0f;
         }
         for (u32 i = THREAD; i < TILE * STEP; i += THREADS) {
             u64 o = o0 + i / TILE, c = c0 + i % TILE;
@@ -42,7 +43,7 @@ KERNEL(256, NAMED(int8_grad_plain), (GLOBAL const T* grad, GLOBAL const i8* code
         UNROLL
         for (u32 j = 0; j < 4; j++) {
             u64 m = m0 + y + 16 * i, c = c0 + x + 16 * j;
-            if (m < rows && c < columns) STORE(out, m * columns + c, sums[i][j]);
+            if (m < rows && c < columns) GRAD_STORE(out, OUTPUT_ROW(m) * columns + c, sums[i][j]);
         }
     }
 }

@@ -12,7 +12,7 @@
 //
 //   int8_few_<rows>   a warp takes two outputs and reads their weights once for up to that many rows
 //   int8_tile         a group takes 64 x 64 results, through shared memory
-#include "int8.h"
+#include "int8_matmul_plain.h"
 
 #define PRODUCT_ARGUMENTS                                                                          \
     (GLOBAL const i8* a, GLOBAL const i8* weight, GLOBAL const float* row_stats,                   \
@@ -20,40 +20,20 @@
      GLOBAL const i32* count, GLOBAL const T* bias, GLOBAL T* out, u64 rows, u64 outputs,          \
      u64 depth, u64 stride)
 
-// c plus the product of four codes with four codes.
-#if CUDA
-DEVICE i32 dot4(u32 a, u32 b, i32 c) { return __dp4a((i32)a, (i32)b, c); }
-#else
-DEVICE i32 dot4(u32 a, u32 b, i32 c) {
-    for (u32 i = 0; i < 32; i += 8) c += (i32)(i8)(a >> i) * (i32)(i8)(b >> i);
-    return c;
-}
-#endif
-
-DEVICE i32 dot16(U4 a, U4 b, i32 c) {
-    return dot4(a.w, b.w, dot4(a.z, b.z, dot4(a.y, b.y, dot4(a.x, b.x, c))));
-}
-
-// Codes k..k+4 of a row that ends at `depth`; 0 from there on.
-DEVICE u32 word_at(GLOBAL const i8* row, u64 k, u64 depth, bool aligned) {
-    if (k >= depth) return 0;
-    if (aligned) return *(GLOBAL const u32*)(row + k);
-    u32 word = 0;
-    for (u32 i = 0; i < 4 && k + i < depth; i++) word |= (u32)(u8)row[k + i] << (8 * i);
-    return word;
-}
-
-// Threads of a group with few rows, and the outputs of each warp.
-#define FEW_THREADS 128
-#define FEW_OUTPUTS 2
-// Loads of 16 weights that a thread has under way for each output.
-#define FEW_AHEAD 2
-
-#define TILE 64
-// 32-bit words of four codes in a step, and in a row of shared memory: one more, so that the
-// threads of a warp read from different banks.
-#define STEP 8
-#define PITCH 9
+// The places of a tile's rows are the rows.
+#define ROUTED 0
+#define FEW_NAME int8_few_
+#define TILE_NAME int8_tile
+#define INPUT_ROW(m) (m)
+#define OUTPUT_ROW(m) (m)
+#define LISTED_INPUT(m) (m)
+#define LISTED_OUTPUT(m) (m)
+#define PLACED(i) true
+#define FEW_TILE()                                                                                 \
+    u64 m0 = GROUP_Y * ROWS, across = GROUP
+#define LARGE_TILE()                                                                               \
+    u64 tiles = (outputs + TILE - 1) / TILE;                                                       \
+    u64 m0 = GROUP / tiles * TILE, across = GROUP % tiles
 
 #define T i32
 #define SCALED 0

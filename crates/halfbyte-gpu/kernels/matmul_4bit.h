@@ -57,12 +57,14 @@ template <u32 R, u32 C, u32 DOWN, u32 ACROSS, int S, int RESIDENT_> struct Shape
     static constexpr u32 WARP_ROWS = R / DOWN, WARP_COLUMNS = C / ACROSS;
     static constexpr u32 TILES_DOWN = WARP_ROWS / 16, TILES_ACROSS = WARP_COLUMNS / 8;
     // Shared memory, in bytes: the table (64), the nested code (1024), then from here on rings of
-    // packed codes and of inputs, and two tiles of decoded weight. src/ops/matmul_4bit.rs has the
-    // same sum.
+    // packed codes and of inputs, and two tiles of decoded weight. ops/matmul_4bit/plan.rs has
+    // the same sum.
     static constexpr u32 PACKED_BYTES = C * STEP / 2, DECODED_BYTES = C * STEP * 2;
     static constexpr u32 INPUT_BYTES = R * STEP * 2;
     static constexpr u32 PACKED_AT = 1152, DECODED_AT = PACKED_AT + S * PACKED_BYTES;
     static constexpr u32 INPUT_AT = DECODED_AT + 2 * DECODED_BYTES;
+    // Behind them, where rows are listed: two lists of ROWS.
+    static constexpr u32 ROWS_AT = INPUT_AT + S * INPUT_BYTES;
     static_assert(PARTS * THREAD_COUNT == 2 * C && PARTS <= 2, "32 codes a part");
     static_assert(TILES_DOWN >= 1 && TILES_ACROSS % 2 == 0, "ldmatrix_x4 takes two tiles");
     static_assert(R * 8 % THREAD_COUNT == 0 && THREAD_COUNT % 64 == 0, "whole rounds of copies");
@@ -73,6 +75,7 @@ struct Scales {
     const u8* codes; // null for plain scales
     const float *code2, *absmax2, *offset;
     u32 shift, shift2; // logarithms of the block sizes
+    u64 first; // the number of the weight's first block
 };
 
 // What a kernel is given.
@@ -188,7 +191,7 @@ template <class E, class S, bool GRAD> struct WeightSide {
     DEVICE_MEMBER Raw fetch(u32 step, u32 part) const {
         Raw raw = {0.0f, 0};
         if (step < inside[part]) {
-            const u64 block = element_at(step, part) >> o.scales.shift;
+            const u64 block = o.scales.first + (element_at(step, part) >> o.scales.shift);
             if (o.scales.codes) {
                 raw.code = o.scales.codes[block];
                 raw.scale = o.scales.absmax2[block >> o.scales.shift2];
@@ -240,9 +243,14 @@ template <class E, class S, bool GRAD> struct WeightSide {
     }
 };
 
+// Where the rows of a tile lie: one after the other. (experts_matmul_4bit.h has another way.)
+struct Consecutive {
+    DEVICE_MEMBER u64 out(u64 row) const { return row; }
+};
+
 // The input's side: rows of 64 elements, eight chunks of 16 bytes, chunk i of row r at i ^ r % 8.
 // A thread copies the same chunk of every APARTth row.
-template <class S> struct InputSide {
+template <class S, class Rows> struct InputSide {
     static constexpr u32 ROUNDS = S::ROWS * 8 / S::THREAD_COUNT, APART = S::THREAD_COUNT / 8;
     u8* memory;
     const u16* from; // the chunk of the first row, at step 0
@@ -251,7 +259,7 @@ template <class S> struct InputSide {
     u32 rows; // that exist, from the first on
     bool aligned;
 
-    DEVICE_MEMBER InputSide(const Operands& o, u8* at, u64 row, u64 column, u64 depth)
+    DEVICE_MEMBER InputSide(const Operands& o, u8* at, Rows, u64 row, u64 column, u64 depth)
         : memory(at), depth(depth), aligned(o.flags & INPUT_IS_ALIGNED) {
         const u32 line = THREAD / 8, start = THREAD % 8 * 8;
         from = o.input + (row + line) * depth + column + start;
@@ -281,9 +289,9 @@ template <class S> struct InputSide {
 };
 
 // A lane's part of `out` or of its split's sums. Neighbouring columns are stored as one.
-template <class E, class S>
-DEVICE void store(const Operands& o, const float (&c)[S::TILES_DOWN][S::TILES_ACROSS][4], u64 row,
-                  u64 column, u64 columns) {
+template <class E, class S, class Rows>
+DEVICE void store(const Operands& o, const float (&c)[S::TILES_DOWN][S::TILES_ACROSS][4],
+                  Rows rows, u64 row, u64 column, u64 columns) {
     const u32 left = column < columns ? (u32)min_(columns - column, (u64)S::COLUMNS) : 0;
     float bias[S::TILES_ACROSS][2];
     UNROLL
@@ -295,8 +303,9 @@ DEVICE void store(const Operands& o, const float (&c)[S::TILES_DOWN][S::TILES_AC
     for (u32 i = 0; i < S::TILES_DOWN * 2; i++) {
         const u64 line = row + i * 8;
         if (line >= o.rows) break;
-        float* sums = o.partials + (GROUP_Y * o.rows + line) * columns + column;
-        u16* out = o.out + line * columns + column;
+        const u64 place = rows.out(line);
+        float* sums = o.partials + (GROUP_Y * o.rows + place) * columns + column;
+        u16* out = o.out + place * columns + column;
         UNROLL
         for (u32 j = 0; j < S::TILES_ACROSS; j++) {
             const float x = c[i / 2][j][i % 2 * 2], y = c[i / 2][j][i % 2 * 2 + 1];
@@ -310,27 +319,36 @@ DEVICE void store(const Operands& o, const float (&c)[S::TILES_DOWN][S::TILES_AC
     }
 }
 
-template <class E, class S, bool GRAD> DEVICE void multiply(const Operands& o, u8* memory) {
+// Table and nested code, to where a group has them. Visible after a barrier.
+template <class S> DEVICE void load_constants(const Operands& o, u8* memory) {
     float* constants = (float*)memory;
     if (THREAD < 16) constants[THREAD] = table_at(o.table_kind, o.table, THREAD);
     if (o.scales.codes) {
         for (u32 i = THREAD; i < 256; i += S::THREAD_COUNT) constants[16 + i] = o.scales.code2[i];
     }
-    BARRIER();
+}
 
+// Which tile a group makes.
+struct Tile {
+    u32 down, across;
+};
+
+template <class S> DEVICE Tile tile_of(u32 group, u32 tiles_down, u64 columns) {
+    const u32 tiles_across = (u32)((columns + S::COLUMNS - 1) / S::COLUMNS);
+    const u32 band = group / (BAND * tiles_across) * BAND;
+    const u32 height = min_(tiles_down - band, (u32)BAND), within = group - band * tiles_across;
+    return {band + within % height, within / height};
+}
+
+template <class E, class S, bool GRAD, class Rows>
+DEVICE void multiply_tile(const Operands& o, u8* memory, Rows rows, u64 row0, u64 column0) {
     const u64 columns = GRAD ? o.in_features : o.out_features;
     const u64 depth = GRAD ? o.out_features : o.in_features;
-    const u32 tiles_down = (u32)((o.rows + S::ROWS - 1) / S::ROWS);
-    const u32 tiles_across = (u32)((columns + S::COLUMNS - 1) / S::COLUMNS);
-    const u32 group = (u32)GROUP, band = group / (BAND * tiles_across) * BAND;
-    const u32 height = min_(tiles_down - band, (u32)BAND), within = group - band * tiles_across;
-    const u64 row0 = (u64)(band + within % height) * S::ROWS;
-    const u64 column0 = (u64)(within / height) * S::COLUMNS;
     const u64 begin = GROUP_Y * o.steps;
     const u32 steps = (u32)min_((depth + STEP - 1) / STEP - begin, (u64)o.steps);
 
     WeightSide<E, S, GRAD> weight(o, memory, column0, begin * STEP, steps);
-    const InputSide<S> input(o, memory, row0, begin * STEP, depth);
+    const InputSide<S, Rows> input(o, memory, rows, row0, begin * STEP, depth);
 
     // Step i goes to slot i % STAGES. Group i of the copies: the input of step i, the codes of the
     // next.
@@ -419,7 +437,17 @@ template <class E, class S, bool GRAD> DEVICE void multiply(const Operands& o, u
     }
     cp_async_wait<0>();
 
-    store<E, S>(o, c, row0 + warp_row + lane / 4, column0 + warp_column + lane % 4 * 2, columns);
+    store<E, S>(o, c, rows, row0 + warp_row + lane / 4, column0 + warp_column + lane % 4 * 2,
+                columns);
+}
+
+template <class E, class S, bool GRAD> DEVICE void multiply(const Operands& o, u8* memory) {
+    load_constants<S>(o, memory);
+    BARRIER();
+    const u32 tiles_down = (u32)((o.rows + S::ROWS - 1) / S::ROWS);
+    const Tile tile = tile_of<S>((u32)GROUP, tiles_down, GRAD ? o.in_features : o.out_features);
+    multiply_tile<E, S, GRAD>(o, memory, Consecutive(), (u64)tile.down * S::ROWS,
+                              (u64)tile.across * S::COLUMNS);
 }
 
 #define PARAMETERS                                                                                 \
@@ -430,7 +458,7 @@ template <class E, class S, bool GRAD> DEVICE void multiply(const Operands& o, u
 #define MATMUL(name, E, S, GRAD)                                                                   \
     RESIDENT_KERNEL(S::THREAD_COUNT, S::RESIDENT, name, PARAMETERS) {                              \
         DYNAMIC_SHARED(u8, memory);                                                                \
-        const Operands operands = {{absmax, absmax8, code2, absmax2, offset, shift, shift2},       \
+        const Operands operands = {{absmax, absmax8, code2, absmax2, offset, shift, shift2, 0},    \
                                    packed, table_kind, table, input, bias, out, partials,          \
                                    rows, out_features, in_features, steps, flags};                 \
         multiply<E, S, GRAD>(operands, memory);                                                    \

@@ -1,7 +1,5 @@
 // The kernel of matvec_4bit.cu for up to ROWS rows of one dtype.
 #include "dtype.h"
-#define OUTPUTS (FEATURES * ROWS)
-#define WORDS_AHEAD (ROWS <= 2 ? 2 : 1)
 #if HAVE_SHUFFLE
 #define PARTS 4 // of a sum, one a warp
 #else
@@ -13,127 +11,15 @@ KERNEL(128, NAMED(MATVEC),
         GLOBAL const T* bias, GLOBAL T* out, u64 features, u32 columns, u32 shift)) {
     TABLE_16(values);
     SHARED(float, second, 256); // the code of nested scales
-    SHARED(float, parts, PARTS * OUTPUTS);
+    SHARED(float, parts, PARTS * FEATURES * ROWS);
     u64 first = GROUP * FEATURES;
-    float sums[OUTPUTS];
-    // Where the rows of the weight start: in the flattened weight, as number of the first block and
-    // as number of the code in it. Features past the last repeat it.
-    u64 starts[FEATURES], blocks[FEATURES];
-    u32 skipped[FEATURES];
-    UNROLL
-    for (u32 f = 0; f < FEATURES; f++) {
-        starts[f] = min_(first + f, features - 1) * columns;
-        blocks[f] = starts[f] >> shift;
-        skipped[f] = (u32)starts[f] & ((1u << shift) - 1);
-    }
-    UNROLL
-    for (u32 i = 0; i < OUTPUTS; i++) sums[i] = 0.0f;
-    if (THREAD < 16) values[THREAD] = TABLE(THREAD);
-    float added = absmax8 ? offset[0] : 0.0f;
-    if (absmax8) {
-        for (u32 i = THREAD; i < 256; i += 128) second[i] = code2[i];
-    }
-    BARRIER();
-
-    if (columns % 8 == 0 && IS_ALIGNED(packed, 4) && IS_ALIGNED(a, 16)) {
-        u32 words = columns / 8;
-        for (u32 j = THREAD; j < words; j += 128 * WORDS_AHEAD) {
-            u32 codes[WORDS_AHEAD * FEATURES], places[WORDS_AHEAD * FEATURES];
-            float scales[WORDS_AHEAD * FEATURES];
-            // A word past the last repeats it, so that no branch keeps loads apart.
-            UNROLL
-            for (u32 i = 0; i < WORDS_AHEAD * FEATURES; i++) {
-                u32 f = i % FEATURES, ahead = j + 128 * (i / FEATURES);
-                u32 word = min_(ahead, words - 1);
-                codes[i] = ((GLOBAL const u32*)(packed + starts[f] / 2))[word];
-                places[i] = (skipped[f] + 8 * word) >> shift;
-            }
-            if (absmax8) {
-                u32 of[WORDS_AHEAD * FEATURES];
-                UNROLL
-                for (u32 i = 0; i < WORDS_AHEAD * FEATURES; i++) {
-                    u64 block = blocks[i % FEATURES];
-                    u32 above = (u32)block & ((1u << shift2) - 1);
-                    of[i] = (absmax8 + block)[places[i]];
-                    scales[i] = (absmax2 + (block >> shift2))[(above + places[i]) >> shift2];
-                }
-                UNROLL
-                for (u32 i = 0; i < WORDS_AHEAD * FEATURES; i++) {
-                    float product = second[of[i]] * scales[i];
-                    scales[i] = product + added;
-                }
-            } else {
-                UNROLL
-                for (u32 i = 0; i < WORDS_AHEAD * FEATURES; i++) {
-                    scales[i] = (absmax + blocks[i % FEATURES])[places[i]];
-                }
-            }
-            UNROLL
-            for (u32 ahead = 0; ahead < WORDS_AHEAD; ahead++) {
-                u32 word = j + 128 * ahead;
-                if (word >= words) break;
-                float w[8 * FEATURES];
-                UNROLL
-                for (u32 f = 0; f < FEATURES; f++) {
-                    values8(codes[ahead * FEATURES + f], values, w + 8 * f);
-                }
-                UNROLL
-                for (u32 m = 0; m < ROWS; m++) {
-                    float x[8];
-                    LOAD8(a + (u64)min_(m, n - 1) * columns + 8 * word, x);
-                    UNROLL
-                    for (u32 f = 0; f < FEATURES; f++) {
-                        float sum = x[0] * w[8 * f];
-                        UNROLL
-                        for (u32 i = 1; i < 8; i++) sum = fma_(x[i], w[8 * f + i], sum);
-                        u32 at = f * ROWS + m;
-                        sums[at] = fma_(sum, scales[ahead * FEATURES + f], sums[at]);
-                    }
-                }
-            }
-        }
-    } else {
-        for (u32 k = THREAD; k < columns; k += 128) {
-            UNROLL
-            for (u32 f = 0; f < FEATURES; f++) {
-                u64 i = starts[f] + k;
-                u32 byte = packed[i / 2], index = i % 2 ? byte & 15 : byte >> 4;
-                float w = values[index] * SCALE(i >> shift);
-                UNROLL
-                for (u32 m = 0; m < ROWS; m++) {
-                    float x = LOAD(a, (u64)min_(m, n - 1) * columns + k);
-                    sums[f * ROWS + m] = fma_(x, w, sums[f * ROWS + m]);
-                }
-            }
-        }
-    }
-
-#if HAVE_SHUFFLE
-    UNROLL
-    for (u32 i = 0; i < OUTPUTS; i++) {
-        UNROLL
-        for (u32 mask = 16; mask > 0; mask >>= 1) sums[i] += shuffle_xor(sums[i], mask);
-        if (LANE == 0) parts[i * PARTS + THREAD / 32] = sums[i];
-    }
-#else
-    for (u32 i = 0; i < OUTPUTS; i++) parts[i * PARTS + THREAD] = sums[i];
-#endif
-    BARRIER();
-    if (THREAD < OUTPUTS) {
-        u64 feature = first + THREAD / ROWS;
-        u32 m = THREAD % ROWS;
-        if (feature < features && m < n) {
-            float sum = 0.0f;
-            for (u32 i = 0; i < PARTS; i += 4) {
-                LOCAL const float* part = parts + THREAD * PARTS + i;
-                sum += (part[0] + part[1]) + (part[2] + part[3]);
-            }
-            if (bias) sum += LOAD(bias, feature);
-            STORE(out, (u64)m * features + feature, sum);
-        }
-    }
+#define A_ROW(m) ((u64)(m))
+#define OUT_ROW(m) ((u64)(m))
+#define BLOCK(element) ((element) >> shift)
+#include "matvec_4bit_rows.inc.h"
+#undef A_ROW
+#undef OUT_ROW
+#undef BLOCK
 }
-#undef OUTPUTS
-#undef WORDS_AHEAD
 #undef PARTS
 #include "undtype.h"

@@ -5,6 +5,7 @@
 #include "optim_rules.h"
 
 #include "optim_rule.h"
+#define NEAR RULED(NEAR)
 
 // Elements whose parameter stays, as bits; their states become zero where one of the new states is
 // not finite, and stay where zeros are skipped. What is float32 always stays. Rare: out of the way.
@@ -71,12 +72,19 @@ DEVICE void RULED(block8)(GLOBAL const struct Header* h, GLOBAL const struct Ten
         absmax[i] = (i >= STATES - SECOND ? t->absmax2 : t->absmax1) + 4 * (of * blocks + block);
         load_codes(codes[i], n, whole, words[i]);
         scales[i] = n > 0 ? *ADDRESS(const float, absmax[i]) : 0.0f;
-        LOCAL const float* code = values + (i >= STATES - SECOND ? 256 : 0);
+        LOCAL const u8* code = (LOCAL const u8*)(values + (i >= STATES - SECOND ? 256 : 0));
         UNROLL
         for (u32 j = 0; j < 8; j++) {
-            float value = code[words[i][j / 4] >> j % 4 * 8 & 255u] * scales[i];
-            // What a short block lacks is zero, whatever code 0 is.
-            s[i][j] = whole || ELEMENT(j) < n ? value : 0.0f;
+            // Four times the code: the byte offset of its value.
+            u32 word = words[i][j / 4], at = j % 4 == 0 ? word << 2 : word >> (j % 4 * 8 - 2);
+            s[i][j] = *(LOCAL const float*)(code + (at & 0x3FCu)) * scales[i];
+        }
+    }
+    if (n < BLOCK) { // what a short block lacks is zero, whatever code 0 is
+        UNROLL
+        for (u32 i = FLOATS; i < STATES; i++) {
+            UNROLL
+            for (u32 j = 0; j < 8; j++) s[i][j] = ELEMENT(j) < n ? s[i][j] : 0.0f;
         }
     }
 
@@ -104,14 +112,25 @@ DEVICE void RULED(block8)(GLOBAL const struct Header* h, GLOBAL const struct Ten
         kept = RULED(keep8)(h, g, words, scales, floats, n, values, s, top);
     }
 
-    UNROLL
-    for (u32 j = 0; j < 8; j++) {
-        float state[STATES];
+#if NEAR
+    if (kept == 0 && RULED(is_ordinary)(h->rule, s, top)) {
         UNROLL
-        for (u32 i = 0; i < STATES; i++) state[i] = s[i][j];
-        float update = RULED(update)(h->rule, state, carry[j]);
-        float stepped_p = stepped(p[j], h->shrink, h->rate, update);
-        p[j] = kept >> j & 1u ? p[j] : stepped_p;
+        for (u32 j = 0; j < 8; j++) {
+            float update = RULED(update_ordinary)(h->rule, s[0][j], s[1][j]);
+            p[j] = stepped(p[j], h->shrink, h->rate, update);
+        }
+    } else
+#endif
+    {
+        UNROLL
+        for (u32 j = 0; j < 8; j++) {
+            float state[STATES];
+            UNROLL
+            for (u32 i = 0; i < STATES; i++) state[i] = s[i][j];
+            float update = RULED(update)(h->rule, state, carry[j]);
+            float stepped_p = stepped(p[j], h->shrink, h->rate, update);
+            p[j] = kept >> j & 1u ? p[j] : stepped_p;
+        }
     }
     store_param(h, t, start, n, whole, p);
 
@@ -186,4 +205,5 @@ KERNEL(256, PASTE(optim_8bit_, RULED(large)), (BY_VALUE(struct TableLarge) table
 }
 #endif
 
+#undef NEAR
 #include "optim_unrule.h"

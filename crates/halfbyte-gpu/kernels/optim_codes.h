@@ -33,12 +33,6 @@
 #define KNEE 0x3D800000u // 2^-4
 #define ONE 0x3F800000u
 
-#if OPENCL
-#define LARGER(a, b) fmax(a, b)
-#else
-#define LARGER(a, b) fmaxf(a, b)
-#endif
-
 #define CODES_BUCKETS (2 * SIGNED_BUCKETS + UNSIGNED_BUCKETS)
 
 // What making the tables found out.
@@ -109,15 +103,6 @@ DEVICE u32 encode_unsigned(LOCAL const u32* table, float y, float s) {
     return s > 0.0f ? entry : 0;
 }
 
-// The upper bytes of four words.
-DEVICE u32 upper_bytes(u32 a, u32 b, u32 c, u32 d) {
-#if CUDA && !EMULATED
-    return __byte_perm(__byte_perm(a, b, 0x73), __byte_perm(c, d, 0x73), 0x5410);
-#else
-    return a >> 24 | b >> 24 << 8 | c >> 24 << 16 | d >> 24 << 24;
-#endif
-}
-
 // An entry whose border has the low bits b; those of the largest number where there is none.
 DEVICE u32 entry_of(u32 code, u32 b) { return code << 24 | (0xFFFFFFu - b); }
 
@@ -165,6 +150,10 @@ OUTLINE void fill_signed(LOCAL const float* values, LOCAL u32* table, LOCAL u32*
 }
 
 OUTLINE void fill_unsigned(LOCAL const float* values, LOCAL u32* table, LOCAL u32* notes, u32 t) {
+    if (t == 0 && values[0] < 0.0f) { // negative borders have no bucket
+        notes[NOTE_SEARCH_UNSIGNED] = 1;
+        return;
+    }
     const u32 mask = (1u << UNSIGNED_COARSE) - 1;
     u32 positive = notes[NOTE_POSITIVE];
     float above = t == 255 ? 2.0f : border(values, t);
@@ -178,7 +167,7 @@ OUTLINE void fill_unsigned(LOCAL const float* values, LOCAL u32* table, LOCAL u3
         table[2 * SIGNED_BUCKETS + b] = entry_of(max_(t, positive), low);
     }
     u32 search = above_bits < UNSIGNED_LOWEST || (from > to && to < UNSIGNED_BUCKETS);
-    if (search || (t == 0 && values[0] < 0.0f)) notes[NOTE_SEARCH_UNSIGNED] = 1;
+    if (search) notes[NOTE_SEARCH_UNSIGNED] = 1;
 }
 
 // Loads the values of both codes, 256 each (an address of 0: none), and makes the tables. All 256

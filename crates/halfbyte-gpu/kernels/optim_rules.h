@@ -5,8 +5,9 @@
 //     p = p + p * shrink + rate * update(s, carry)
 //
 // A rule has STATES states: FLOATS that are float32 beside 8-bit ones too, first moments, then
-// SECOND second moments. `update` looks at `carry` where CARRIES is 1. `c` are the rule's own
-// numbers, `halfbyte::optim::Coefficients::rule`, in the order of the fields in the core.
+// SECOND second moments. `update` looks at `carry` where CARRIES is 1. Where NEAR is 1, updates of
+// ordinary numbers go a shorter way. `c` are the rule's own numbers,
+// `halfbyte::optim::Coefficients::rule`, in the order of the fields in the core.
 #ifndef HALFBYTE_OPTIM_RULES_H
 #define HALFBYTE_OPTIM_RULES_H
 #include "port.h"
@@ -30,10 +31,43 @@ DEVICE float stepped(float p, float shrink, float rate, float update) {
     return fma_(update, rate, fma_(p, shrink, p));
 }
 
+// Square roots and quotients without asking whether they are special. They are rounded as sqrt_ and
+// div_ round: on CUDA by the same steps, which those take in this range too, after they have asked.
+#define ORDINARY_M_LOWEST 0x21800000u  // 2^-60
+#define ORDINARY_M_HIGHEST 0x5D800000u // 2^60
+#define ORDINARY_V_LOWEST 0x0D800000u  // 2^-100
+#define ORDINARY_V_HIGHEST 0x71800000u // 2^100
+
+// Of 2^-100 to 2^100.
+DEVICE float root_ordinary(float v) {
+#if CUDA && !EMULATED
+    float near;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(near) : "f"(v));
+    float root = v * near, rest = fma_(-root, root, v);
+    return fma_(rest, near * 0.5f, root);
+#else
+    return sqrt_(v);
+#endif
+}
+
+// Of two numbers of 2^-60 to 2^60.
+DEVICE float quotient_ordinary(float a, float b) {
+#if CUDA && !EMULATED
+    float near;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(near) : "f"(b));
+    near = fma_(near, fma_(-b, near, 1.0f), near);
+    float quotient = a * near, rest = fma_(-b, quotient, a);
+    return fma_(near, rest, quotient);
+#else
+    return div_(a, b);
+#endif
+}
+
 #define adam_STATES 2
 #define adam_FLOATS 0
 #define adam_SECOND 1
 #define adam_CARRIES 0
+#define adam_NEAR 1
 // c: m, v, eps
 DEVICE float adam_states(Numbers c, float g, float p, float* s) {
     (void)p;
@@ -45,11 +79,28 @@ DEVICE float adam_update(Numbers c, const float* s, float carry) {
     (void)carry;
     return div_(s[0], sqrt_(s[1]) + c[4]);
 }
+// Whether the update of eight elements takes no care: `s` are their states, `top` the largest
+// magnitudes of each, as bits.
+DEVICE u32 adam_is_ordinary(Numbers c, const float (*s)[8], const u32* top) {
+    u32 m = 0x7F800000u, v = 0x7F800000u;
+    UNROLL
+    for (u32 j = 0; j < 8; j++) {
+        u32 first = as_u32(s[0][j]) & 0x7FFFFFFFu, second = as_u32(s[1][j]);
+        m = min_(m, first), v = min_(v, second);
+    }
+    u32 eps = as_u32(c[4]);
+    return m >= ORDINARY_M_LOWEST && top[0] <= ORDINARY_M_HIGHEST && v >= ORDINARY_V_LOWEST &&
+           top[1] <= ORDINARY_V_HIGHEST && eps <= 0x3F800000u;
+}
+DEVICE float adam_update_ordinary(Numbers c, float m, float v) {
+    return quotient_ordinary(m, root_ordinary(v) + c[4]);
+}
 
 #define ademamix_STATES 3
 #define ademamix_FLOATS 0
 #define ademamix_SECOND 1
 #define ademamix_CARRIES 0
+#define ademamix_NEAR 0
 // c: m1, m2, v, alpha, 1 / c1, 1 / c2, eps
 DEVICE float ademamix_states(Numbers c, float g, float p, float* s) {
     (void)p;
@@ -68,6 +119,7 @@ DEVICE float ademamix_update(Numbers c, const float* s, float carry) {
 #define momentum_FLOATS 0
 #define momentum_SECOND 0
 #define momentum_CARRIES 0
+#define momentum_NEAR 0
 // c: beta, weight decay
 DEVICE float momentum_states(Numbers c, float g, float p, float* s) {
     g = fma_(p, c[1], g);
@@ -83,6 +135,7 @@ DEVICE float momentum_update(Numbers c, const float* s, float carry) {
 #define lion_FLOATS 0
 #define lion_SECOND 0
 #define lion_CARRIES 1
+#define lion_NEAR 0
 // c: u, m
 DEVICE float lion_states(Numbers c, float g, float p, float* s) {
     (void)p;
@@ -99,6 +152,7 @@ DEVICE float lion_update(Numbers c, const float* s, float carry) {
 #define rmsprop_FLOATS 0
 #define rmsprop_SECOND 0 /* its state is encoded as a first moment's */
 #define rmsprop_CARRIES 1
+#define rmsprop_NEAR 0
 // c: v, weight decay, eps
 DEVICE float rmsprop_states(Numbers c, float g, float p, float* s) {
     g = fma_(p, c[2], g);
@@ -113,6 +167,7 @@ DEVICE float rmsprop_update(Numbers c, const float* s, float carry) {
 #define adagrad_FLOATS 0
 #define adagrad_SECOND 0 /* its state is encoded as a first moment's */
 #define adagrad_CARRIES 1
+#define adagrad_NEAR 0
 // c: weight decay, eps
 DEVICE float adagrad_states(Numbers c, float g, float p, float* s) {
     g = fma_(p, c[0], g);
@@ -127,6 +182,7 @@ DEVICE float adagrad_update(Numbers c, const float* s, float carry) {
 #define schedule_free_adamw_FLOATS 1
 #define schedule_free_adamw_SECOND 1
 #define schedule_free_adamw_CARRIES 1
+#define schedule_free_adamw_NEAR 0
 // c: v, eps, correction, weight decay, z's rate, the average's weight, y's rate
 DEVICE float schedule_free_adamw_states(Numbers c, float g, float y, float* s) {
     float z = s[0];

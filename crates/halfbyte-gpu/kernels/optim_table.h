@@ -16,12 +16,6 @@
 #define CHUNK 32u  // blocks that a group takes of a tensor at a time
 #define TASK 256u  // blocks whose squares are summed before they join those of the whole tensor
 
-// Addresses in a table are of global memory: said so, their accesses need not find that out.
-#if CUDA && !EMULATED
-#undef ADDRESS
-#define ADDRESS(T_, address) ((T_*)__cvta_global_to_generic(address))
-#endif
-
 // For what is rare or done once: one copy for all kernels of a module.
 #if OPENCL || EMULATED
 #define OUTLINE DEVICE
@@ -239,11 +233,13 @@ DEVICE void load_any(u32 dtype, u64 from, u64 start, u32 n, u32 whole, float* x)
     }
     u32 w[4];
     load_words(from + 2 * start, n, whole, w);
-    UNROLL
-    for (u32 k = 0; k < 4; k++) {
-        if (dtype == DTYPE_F16) pair_f16(w[k], x + 2 * k);
-        else pair_bf16(w[k], x + 2 * k);
+    if (dtype == DTYPE_F16) {
+        UNROLL
+        for (u32 k = 0; k < 4; k++) pair_f16(w[k], x + 2 * k);
+        return;
     }
+    UNROLL
+    for (u32 k = 0; k < 4; k++) pair_bf16(w[k], x + 2 * k);
 }
 
 // ---- parameters -------------------------------------------------------------------------------

@@ -37,7 +37,13 @@ typedef uint4 U4;
 #define KERNEL_(threads, name, args)                                                               \
     __attribute__((reqd_work_group_size(threads, 1, 1))) __kernel void name args
 #endif
+#if defined(__SPIR__) || defined(__SPIRV__) // for GPUs
 #define DEVICE static inline
+#else
+// Always inlined: PoCL 3.0 gives groups that run at the same time one and the same LOCAL array where
+// another function than the kernel uses it, and clang may put it there.
+#define DEVICE static inline __attribute__((always_inline))
+#endif
 #define CONSTANT __constant
 #define GLOBAL __global
 #define LOCAL __local
@@ -117,6 +123,9 @@ typedef long long i64;
 #define UNROLL _Pragma("unroll")
 #endif
 
+template <class A, class B> DEVICE constexpr auto min_(A a, B b) { return a < b ? a : b; }
+template <class A, class B> DEVICE constexpr auto max_(A a, B b) { return a > b ? a : b; }
+
 #define THREAD ((u32)threadIdx.x)
 #define THREADS ((u32)blockDim.x)
 #define GROUP ((u64)blockIdx.x)
@@ -138,15 +147,17 @@ typedef long long i64;
 #define div_(a, b) __fdiv_rn(a, b)
 #endif
 #define abs_(a) fabsf(a)
-#define min_(a, b) ((a) < (b) ? (a) : (b))
-#define max_(a, b) ((a) > (b) ? (a) : (b)) // and min_: evaluate an argument twice
 #define mulhi_u32(a, b) __umulhi(a, b)
 #define popcount_(a) __popc(a)
 #define clz_(a) __clz((int)(a))
 #define isfinite_(a) ((__float_as_uint(a) & 0x7F800000u) != 0x7F800000u)
 #define load_f16(p, i) half_to_float((p)[i])
 #define store_f16(p, i, v) ((p)[i] = float_to_half(v))
+#if EMULATED || HIP
 #define ADDRESS(T_, address) ((T_*)(address))
+#else // of global memory: said so, accesses need not find that out
+#define ADDRESS(T_, address) ((T_*)__cvta_global_to_generic(address))
+#endif
 #define atomic_or_u32(p, v) atomicOr(p, v)
 #define atomic_max_u32(p, v) atomicMax(p, v)
 #define atomic_add_u32(p, v) atomicAdd(p, v)

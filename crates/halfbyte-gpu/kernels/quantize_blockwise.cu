@@ -5,12 +5,12 @@
 //                   for each x: y = x * (1 / absmax), clamped to [-1, 1]
 //                               code = the number of borders below y
 //
-// How it is done: as in quantize_4bit.cu, a group takes 4096 elements, twice 8 neighbours a thread.
-// Each group makes the borders of the code that it is handed. If they are those of a default
-// dynamic map, two look-ups and a comparison encode (encode8.h); else they are searched in eight
-// steps.
-#include "eight.h"
+// How it is done: tiles of 8192 elements (tile.h). Each group makes the borders of the code that it
+// is handed. If they are those of a default dynamic map, one look-up and an addition encode
+// (encode8.h); else they are searched in eight steps. Blocks with NaN or infinity, and those whose
+// reciprocal needs care, go a slower way too.
 #include "encode8.h"
+#include "tile.h"
 
 // The midpoint above value `i` of the code. There is none above the last.
 DEVICE float border_above(GLOBAL const float* code, u32 count, u32 i) {
@@ -21,6 +21,7 @@ DEVICE float border_above(GLOBAL const float* code, u32 count, u32 i) {
 #define CODE_PARAMETERS GLOBAL const float *code, u32 count
 #define BORDER(i) border_above(code, count, i)
 #define ELEMENT(x) (x)
+#define MAGNITUDE(w) UNIT_MAGNITUDE(w)
 #define T f32
 #include "quantize_blockwise.inc.h"
 #define T f16

@@ -99,7 +99,8 @@ impl Compiler {
         options: &[String],
         accept: impl Fn(&[u8]) -> Result<T>,
     ) -> Result<T> {
-        let mut parts = vec![source.text, self.name.as_str()];
+        let text = source.text()?;
+        let mut parts = vec![&*text, self.name.as_str()];
         parts.extend(options.iter().map(String::as_str));
         let entry = cache::Entry::new(source.name, architecture, &parts);
         if let Some(code) = entry.load() {
@@ -108,21 +109,27 @@ impl Compiler {
             }
             entry.remove();
         }
-        let code = self.compile(source, architecture, options)?;
+        let code = self.compile(source.name, &text, architecture, options)?;
         let loaded = accept(&code)?;
         entry.store(&code);
         Ok(loaded)
     }
 
-    fn compile(&self, source: &Source, architecture: &str, options: &[String]) -> Result<Vec<u8>> {
+    fn compile(
+        &self,
+        source_name: &'static str,
+        text: &str,
+        architecture: &str,
+        options: &[String],
+    ) -> Result<Vec<u8>> {
         let fail = |log: String| Error::Compile {
             compiler: self.name.clone(),
-            source_name: source.name,
+            source_name,
             architecture: architecture.to_owned(),
             log,
         };
         let c = |text: &str| CString::new(text).map_err(|_| fail("the text holds a NUL".into()));
-        let (text, file) = (c(source.text)?, c(&format!("{}.cu", source.name))?);
+        let (text, file) = (c(text)?, c(&format!("{source_name}.cu"))?);
         let options = options.iter().map(|option| c(option)).collect::<Result<Vec<_>>>()?;
         let options: Vec<_> = options.iter().map(|option| option.as_ptr()).collect();
         let mut program = Owned { compiler: self, raw: ptr::null_mut() };

@@ -139,6 +139,14 @@ pub enum Error {
         /// The compiler's log, or its error's name.
         log: String,
     },
+    /// A part of this build that cannot be unpacked: the file that it is in has changed.
+    #[error("the {what} of {source_name} in this build is damaged: install it again")]
+    Damaged {
+        /// What it is, for example `text`.
+        what: &'static str,
+        /// Name of the source.
+        source_name: &'static str,
+    },
     /// No way to obtain machine code for a kernel: each was tried.
     #[error(
         "no machine code of {source_name} for {architecture}: {}",

@@ -48,5 +48,6 @@ pub use level_zero::xpu_device;
 pub use library::add_library_folder;
 pub use module::Source;
 pub use opencl::opencl_device;
+pub use packed::Packed;
 pub use slice::{DeviceSlice, Floats};
 pub use stream::Stream;

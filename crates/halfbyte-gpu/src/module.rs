@@ -2,6 +2,9 @@
 
 use crate::device::{Device, Function, Module};
 use crate::error::{Error, Result};
+use crate::packed::Packed;
+use crate::sources;
+use std::borrow::Cow;
 use std::ffi::{CStr, CString};
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, Ordering};
@@ -12,28 +15,40 @@ use std::sync::{Mutex, PoisonError};
 pub struct Source {
     /// File name without ending, for example `quantize_4bit`.
     pub name: &'static str,
-    /// The text, headers expanded.
-    pub text: &'static str,
+    /// The text, except of [`crate::sources`], whose texts are packed: see [`Source::text`].
+    pub text: Option<&'static str>,
     /// True when results equal the scalar definition bit for bit: compiled without contraction.
     pub exact: bool,
     /// True for what only CUDA can compile.
     pub cuda_only: bool,
-    /// Machine code per compute capability (75, 80, ...), packed. Empty when the build had no
-    /// NVRTC.
-    pub cubins: &'static [(u32, &'static [u8])],
+    /// Machine code by compute capability (75, 80, ...). Empty when the build had no NVRTC.
+    pub cubins: Packed<u32>,
 }
 
 impl Source {
-    /// A source from its parts; `build.rs` writes the calls.
+    /// A source of one's own, from its parts.
     #[must_use]
     pub const fn new(
         name: &'static str,
         text: &'static str,
         exact: bool,
         cuda_only: bool,
-        cubins: &'static [(u32, &'static [u8])],
+        cubins: Packed<u32>,
     ) -> Self {
-        Self { name, text, exact, cuda_only, cubins }
+        Self { name, text: Some(text), exact, cuda_only, cubins }
+    }
+
+    /// The text, headers expanded.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`] when this build's texts cannot be unpacked.
+    pub fn text(&self) -> Result<Cow<'static, str>> {
+        if let Some(text) = self.text {
+            return Ok(Cow::Borrowed(text));
+        }
+        let damaged = || Error::Damaged { what: "text", source_name: self.name };
+        let text = sources::TEXTS.unpack(self.name).map_err(|_| damaged())?;
+        String::from_utf8(text).map(Cow::Owned).map_err(|_| damaged())
     }
 }
 

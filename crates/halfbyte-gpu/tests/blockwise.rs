@@ -118,7 +118,7 @@ fn every_block_size_dtype_and_length() {
 fn any_alignment() {
     for shift in 0..=16 {
         for_all_dtypes!(check_quantize(
-            &weights(4096 + 511),
+            &weights(8192 + 511),
             Code8::dynamic(true),
             BlockSize::B256,
             shift

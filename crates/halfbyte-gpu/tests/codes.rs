@@ -81,55 +81,117 @@ fn words(
     out.push_str("\n};\n");
 }
 
-/// Magnitudes from 2^-23 to 1 in cells of which there are 128 in an octave: the exponent and seven
-/// bits of the mantissa are a cell's number. The last one is that of 1.
-const FLOOR_CELL: u32 = (127 - 23) << 7;
-const CELLS8: usize = (23 << 7) + 1;
-
-fn cell8(magnitude: f32) -> usize {
-    let magnitude = magnitude.clamp(f32::from_bits(FLOOR_CELL << 16), 1.0);
-    ((magnitude.to_bits() >> 16) - FLOOR_CELL) as usize
+/// The cells of `kernels/encode8.h`: which bits of `z` number them, and the magnitude that smaller
+/// ones become.
+struct Cells {
+    signed: bool,
+    shift: u32,
+    lowest: f32,
 }
 
-/// The borders of a dynamic map above zero.
-fn positive_borders(signed: bool) -> &'static [f32] {
-    &Code8::dynamic(signed).midpoints()[if signed { 127 } else { 0 }..]
-}
+/// Twelve of the upper bits of `z` are the place of a cell. Places before this one are not stored.
+const CELLS8_FIRST: usize = 60;
+const PLACES: usize = 4036;
 
-/// For each cell of magnitudes the number of borders in the cells below it.
-fn starts8(signed: bool) -> Vec<u8> {
-    let borders = positive_borders(signed);
-    assert!(borders.is_sorted() && borders[0] > f32::from_bits(FLOOR_CELL << 16));
-    assert!(borders.windows(2).all(|pair| cell8(pair[0]) < cell8(pair[1])), "two in a cell");
-    let below = |cell| borders.iter().filter(|&&m| cell8(m) < cell).count() as u8;
-    (0..CELLS8).map(below).collect()
+const CELLS8: [Cells; 2] = [
+    Cells { signed: true, shift: 17, lowest: 1.0 / 4_194_304.0 },
+    Cells { signed: false, shift: 16, lowest: 1.0 / 8_388_608.0 },
+];
+
+impl Cells {
+    /// What is looked up and added to: ascends with `y` on either side of zero.
+    fn z(&self, y: f32) -> u32 {
+        let bits = if self.signed { y.abs() } else { y }.max(self.lowest).to_bits();
+        if self.signed && y.is_sign_negative() { !bits } else { bits }
+    }
+
+    /// The smallest number with this `z`.
+    fn y(z: u32) -> f32 {
+        if z >> 31 == 0 { f32::from_bits(z) } else { -f32::from_bits(!z) }
+    }
+
+    fn place(&self, z: u32) -> usize {
+        (z >> self.shift & 0xFFF) as usize
+    }
+
+    /// The word of the cell whose first `z` this is.
+    fn word(&self, first: u32) -> u32 {
+        let borders = Code8::dynamic(self.signed).midpoints();
+        let last = first + ((1 << self.shift) - 1);
+        let inside: Vec<u32> = borders
+            .iter()
+            .filter(|m| m.abs() >= self.lowest)
+            .map(|&m| self.z(m))
+            .filter(|z| (first..=last).contains(z))
+            .collect();
+        assert!(inside.len() <= 1, "cell {first:#x} holds the borders {inside:x?}");
+        let code = borders.partition_point(|&m| Self::y(first) > m) as u32;
+        let border = inside.first().copied().unwrap_or(last);
+        ((code << 24) + 0xFF_FFFF).wrapping_sub(border)
+    }
+
+    /// The numbers that have cells, below zero and above.
+    fn sides(&self) -> Vec<(f32, f32)> {
+        let above = (self.lowest, 1.0);
+        if self.signed { vec![(-1.0, -self.lowest), above] } else { vec![above] }
+    }
+
+    /// Words by place, from `CELLS8_FIRST` on; zero where there is no cell.
+    fn table(&self) -> Vec<u32> {
+        let mut words = vec![0; PLACES];
+        for (first, last) in self.sides() {
+            for cell in self.z(first) >> self.shift..=self.z(last) >> self.shift {
+                let z = cell << self.shift;
+                words[self.place(z)] = self.word(z);
+            }
+        }
+        words.split_off(CELLS8_FIRST)
+    }
+
+    /// The parts of the table that hold cells, in whole fours of words.
+    fn parts(&self) -> Vec<std::ops::Range<usize>> {
+        let at = |y: f32| self.place(self.z(y)) - CELLS8_FIRST;
+        let part = |(first, last)| at(first) & !3..(at(last) + 1).next_multiple_of(4);
+        self.sides().into_iter().map(part).collect()
+    }
 }
 
 fn header8() -> String {
     let mut out = String::from(
         "// The default dynamic maps, prepared for encode8.h. Written by tests/codes.rs as codes.h is.\n\
          #ifndef HALFBYTE_CELLS8_H\n#define HALFBYTE_CELLS8_H\n#include \"port.h\"\n\n\
-         // Magnitudes from 2^-23 to 1 fall into cells, numbered by the upper 16 bits of the float32.\n",
+         // A cell's place is twelve bits of z from the shift on; tables begin at place CELLS8_FIRST.\n\
+         #define ALIGNED_16 __attribute__((aligned(16)))\n",
     );
-    let _ = writeln!(out, "#define CELL8_SHIFT 16\n#define FLOOR_CELL {FLOOR_CELL}u");
-    let _ = writeln!(out, "#define CELL8_WORDS {}", CELLS8.div_ceil(4));
-    for (signed, name) in [(true, "SIGNED"), (false, "UNSIGNED")] {
-        let comment =
-            format!("Borders between the values of the {} dynamic map.", name.to_lowercase());
+    let _ = writeln!(out, "#define CELLS8_FIRST {CELLS8_FIRST}");
+    let _ = writeln!(out, "#define CELLS8_WORDS {}", PLACES - CELLS8_FIRST);
+    for cells in &CELLS8 {
+        let name = if cells.signed { "SIGNED" } else { "UNSIGNED" };
+        let (table, parts) = (cells.table(), cells.parts());
+        let _ = writeln!(
+            out,
+            "\n// The {} map. Its {} of the table; the rest is not used.",
+            name.to_lowercase(),
+            if cells.signed { "two parts" } else { "part" },
+        );
+        let _ = writeln!(out, "#define {name}_SHIFT8 {}", cells.shift);
+        let _ = writeln!(out, "#define {name}_LOWEST8 {:#X}u", cells.lowest.to_bits());
+        let ends = if cells.signed { &["BELOW", "ABOVE"][..] } else { &["ABOVE"] };
+        for (part, side) in parts.iter().zip(ends) {
+            let _ = writeln!(out, "#define {name}_{side}_AT8 {}", part.start);
+            let _ = writeln!(out, "#define {name}_{side}_WORDS8 {}", part.len());
+        }
+        let comment = "Borders between its values.";
         let array = format!("DYNAMIC_{name}_BORDERS");
-        floats(&mut out, &comment, &array, Code8::dynamic(signed).midpoints());
-        let comment =
-            "For each cell, a byte: how many borders above zero lie in the cells below it.";
-        let mut starts = starts8(signed);
-        starts.resize(CELLS8.next_multiple_of(4), 0);
-        let packed: Vec<String> = starts
-            .chunks(4)
-            .map(|b| format!("{:#x}u", u32::from_le_bytes([b[0], b[1], b[2], b[3]])))
-            .collect();
-        words(&mut out, comment, "u32", &format!("DYNAMIC_{name}_STARTS"), packed.into_iter());
+        floats(&mut out, comment, &array, Code8::dynamic(cells.signed).midpoints());
+        let used = parts.into_iter().flat_map(|part| table[part].to_vec());
+        let used: Vec<String> =
+            used.map(|word| format!("{word:#X}u").replace("0X", "0x")).collect();
+        let array = format!("DYNAMIC_{name}_CELLS");
+        words(&mut out, "Its cells.", "ALIGNED_16 u32", &array, used.into_iter());
     }
     out.push_str("\n#endif\n");
-    out
+    out.replace("0X", "0x")
 }
 
 fn header() -> String {
@@ -175,25 +237,25 @@ fn the_headers_hold_the_tables_of_the_core() {
     }
 }
 
-/// What `encode_signed` and `encode_unsigned` in `kernels/encode8.h` do, for every y.
+/// What `nearest_signed` and `nearest_unsigned` in `kernels/encode8.h` do, for every y.
 #[test]
 fn cells_give_the_nearest_of_256() {
-    for signed in [true, false] {
-        let (code, starts) = (Code8::dynamic(signed), starts8(signed));
-        let border = |s: usize| positive_borders(signed).get(s).copied().unwrap_or(f32::INFINITY);
-        let borders = code.midpoints().iter().flat_map(|&m| [m, m.next_up(), m.next_down(), -m]);
-        let bits = (0..=1.0f32.to_bits()).step_by(1009).map(f32::from_bits);
+    for cells in &CELLS8 {
+        let code = Code8::dynamic(cells.signed);
+        let (table, parts) = (cells.table(), cells.parts());
+        let one = 1.0f32.next_up();
+        let near = |m: f32| [m, m.next_up(), m.next_down(), -m, -m.next_up(), -m.next_down()];
+        let borders = code.midpoints().iter().flat_map(|&m| near(m));
+        let edges = near(cells.lowest).into_iter().chain(near(1.0)).chain([0.0, -0.0]);
+        let bits = (0..=one.to_bits()).step_by(1009).map(f32::from_bits);
         let mut count = 0;
-        for y in borders.chain(bits.flat_map(|y| [y, -y])).filter(|y| y.abs() <= 1.0) {
-            let expected = code.midpoints().partition_point(|&m| y > m);
-            let magnitude = if signed { y.abs() } else { y };
-            let s = usize::from(starts[cell8(magnitude)]);
-            let got = match (signed, y < 0.0) {
-                (false, _) => s + usize::from(magnitude > border(s)),
-                (true, false) => 127 + s + usize::from(magnitude > border(s)),
-                (true, true) => 127 - (s + usize::from(magnitude >= border(s))).min(127),
-            };
-            assert_eq!(got, expected, "{signed} {y:e}");
+        for y in borders.chain(edges).chain(bits.flat_map(|y| [y, -y])).filter(|y| y.abs() <= one) {
+            let z = cells.z(y);
+            let at = cells.place(z) - CELLS8_FIRST;
+            assert!(parts.iter().any(|part| part.contains(&at)), "{y:e} is in no part");
+            let got = table[at].wrapping_add(z) >> 24;
+            let expected = code.midpoints().partition_point(|&m| y > m) as u32;
+            assert_eq!(got, expected, "signed: {}, y: {y:e}", cells.signed);
             count += 1;
         }
         assert!(count > 1_000_000);

@@ -5,7 +5,8 @@ mod common;
 
 use halfbyte::{bf16, f16};
 use halfbyte_gpu::{
-    Arg, Device, DeviceBuffer, Error, Grid, ManagedBuffer, Runtime, Source, Stream, opencl_device,
+    Arg, Device, DeviceBuffer, Error, Grid, ManagedBuffer, Packed, Runtime, Source, Stream,
+    opencl_device,
 };
 
 /// Kernels of this test alone. Port.h is joined to them as the build joins it to others.
@@ -55,11 +56,31 @@ KERNEL(256, together, (GLOBAL const u64* addresses, GLOBAL u32* sums, float scal
     atomic_max_u32(&sums[2 * GROUPS + 1], THREAD);
     atomic_or_u32(&sums[2 * GROUPS + 2], 1u << THREAD % 32);
 }
+// A function with barriers that the one kernel of a file calls twice, with the same shared memory.
+DEVICE u32 sum_of_all(u32 value, LOCAL u32* scratch) {
+    BARRIER();
+    scratch[THREAD] = value;
+    BARRIER();
+    u32 sum = 0, first = THREAD / 16 * 16;
+    for (u32 i = 0; i < 16; i++) sum += scratch[first + i];
+    BARRIER();
+    scratch[THREAD] = sum;
+    BARRIER();
+    sum = 0;
+    for (u32 i = 0; i < N; i += 16) sum += scratch[i];
+    return sum;
+}
+KERNEL(256, apart, (GLOBAL const u32* x, GLOBAL u32* out)) {
+    SHARED(u32, scratch, N);
+    u32 value = x[GROUP * N + THREAD];
+    u32 sum = sum_of_all(value, scratch);
+    out[GROUP * N + THREAD] = sum + sum_of_all(value * THREAD, scratch);
+}
 "
     ),
     true,
     false,
-    &[],
+    Packed::NONE,
 );
 
 /// The OpenCL device and a stream of it, where there is a platform. Where there is none, that is
@@ -173,6 +194,27 @@ fn threads_work_together() {
     assert_eq!(sums.to_vec(&stream).unwrap(), expected);
 }
 
+/// Groups that run at the same time have shared memory of their own. (PoCL 3.0 gives all of them one
+/// where a function that is not inlined uses it: see `DEVICE` in port.h.)
+#[test]
+fn groups_keep_apart() {
+    let Some(stream) = stream() else { return };
+    let groups = 2000;
+    let values: Vec<u32> = (0..groups * 256).map(|i: u32| i.wrapping_mul(2654435761)).collect();
+    let x = DeviceBuffer::from_slice(&stream, &values).unwrap();
+    let out = DeviceBuffer::<u32>::zeroed(stream.device(), values.len()).unwrap();
+    for round in 0..5 {
+        launch(&stream, c"apart", groups as usize, &[x.slice().into(), out.slice().into()]);
+        let out = out.to_vec(&stream).unwrap();
+        for (g, (x, out)) in values.chunks(256).zip(out.chunks(256)).enumerate() {
+            let expected = (0..)
+                .zip(x)
+                .fold(0u32, |sum, (t, x)| sum.wrapping_add(*x).wrapping_add(x.wrapping_mul(t)));
+            assert_eq!(out, [expected; 256], "group {g}, round {round}");
+        }
+    }
+}
+
 #[test]
 fn launches_from_many_threads_keep_their_arguments() {
     let Some(stream) = stream() else { return };
@@ -199,8 +241,8 @@ fn launches_from_many_threads_keep_their_arguments() {
 
 #[test]
 fn what_does_not_fit_is_refused_with_the_call() {
-    static BROKEN: Source = Source::new("broken", "kernel void f( { }", false, false, &[]);
-    static ELSEWHERE: Source = Source::new("elsewhere", "", false, true, &[]);
+    static BROKEN: Source = Source::new("broken", "kernel void f( { }", false, false, Packed::NONE);
+    static ELSEWHERE: Source = Source::new("elsewhere", "", false, true, Packed::NONE);
     let Some(stream) = stream() else { return };
     let launch = |kernel, grid, args: &[Arg<'_>]| {
         stream.launch(&DIALECT, kernel, grid, args).unwrap_err().to_string()

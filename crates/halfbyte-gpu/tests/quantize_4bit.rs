@@ -48,7 +48,7 @@ fn every_block_size_dtype_and_length() {
 /// Long enough for 16-byte loads, at every distance from an aligned address.
 #[test]
 fn any_alignment() {
-    let values = weights(4096 + 511);
+    let values = weights(8192 + 511);
     for shift in 0..=16 {
         for_all_dtypes!(check(&values, BlockSize::B64, shift));
     }

@@ -3,12 +3,12 @@
 mod common;
 
 use halfbyte_gpu::{
-    Arg, DeviceBuffer, DeviceSlice, Error, Grid, ManagedBuffer, Runtime, Source, cuda_device_of,
-    report, sources,
+    Arg, DeviceBuffer, DeviceSlice, Error, Grid, ManagedBuffer, Packed, Runtime, Source,
+    cuda_device_of, report, sources,
 };
 
 /// No device gets as far as to compile this.
-static NOTHING: Source = Source::new("nothing", "", false, false, &[]);
+static NOTHING: Source = Source::new("nothing", "", false, false, Packed::NONE);
 
 #[test]
 fn what_is_uploaded_comes_back() {
@@ -152,11 +152,11 @@ fn devices_say_what_they_are() {
 fn sources_have_their_headers_and_names() {
     assert!(!sources::ALL.is_empty());
     for source in sources::ALL {
-        assert!(source.text.contains("HALFBYTE_PORT_H"), "{}", source.name);
-        let included =
-            source.text.lines().find(|line| line.trim_start().starts_with("#include \""));
+        let text = source.text().unwrap();
+        assert!(text.contains("HALFBYTE_PORT_H"), "{}", source.name);
+        let included = text.lines().find(|line| line.trim_start().starts_with("#include \""));
         assert_eq!(included, None, "{}", source.name);
-        let marked = source.text.lines().take(5).any(|line| line == "// halfbyte: exact");
+        let marked = text.lines().take(5).any(|line| line == "// halfbyte: exact");
         assert_eq!(source.exact, marked, "{}", source.name);
     }
 }

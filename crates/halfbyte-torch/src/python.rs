@@ -47,13 +47,12 @@ pub(crate) fn register(namespace: &str) -> PyResult<()> {
         return Ok(());
     }
     let name = CString::new(namespace).map_err(value)?;
-    // One kernel serves every device: it looks where its first tensor is. Layers of experts are
-    // composed of the others on GPUs (`_ops_experts.py`).
-    let everywhere = [ops::OPS, products::OPS, int8::OPS, int8_products::OPS, optim::OPS];
-    register_for(&name, c"CPU", &everywhere)?;
-    register_for(&name, c"CPU", &[experts::OPS])?;
-    register_for(&name, c"CUDA", &everywhere)?;
-    register_for(&name, c"XPU", &everywhere)?;
+    // One kernel serves every device: it looks where its first tensor is.
+    let everywhere =
+        [ops::OPS, products::OPS, int8::OPS, int8_products::OPS, experts::OPS, optim::OPS];
+    for key in [c"CPU", c"CUDA", c"XPU"] {
+        register_for(&name, key, &everywhere)?;
+    }
     registered.insert(namespace.to_owned());
     Ok(())
 }

@@ -275,8 +275,9 @@ impl<'a> Readable<'a> {
     /// The scales of `n` elements.
     pub(crate) fn scales_on(&self, queue: &Queue, n: usize) -> Result<gpu::Scales> {
         let (expected, got) = (self.blocksize.over(n).count(), self.absmax.len());
-        if self.nested.is_some() && got != expected {
-            let (buffer, unit) = ("absmax", "8-bit scales");
+        if got != expected {
+            let unit = if self.nested.is_some() { "8-bit scales" } else { "float32 scales" };
+            let buffer = "absmax";
             return Err(halfbyte::Error::Length { buffer, expected, got, unit }.into());
         }
         Ok(match &self.nested {

@@ -5,7 +5,7 @@ use crate::device::{Module, Runtime};
 use crate::error::{Error, Result};
 use crate::module::Source;
 use crate::native::{Calls, Handle, Platform};
-use crate::packed::unpack;
+use crate::packed::Packed;
 use std::ffi::c_int;
 use std::ptr;
 
@@ -25,11 +25,10 @@ unsafe impl Send for CudaDevice {}
 // SAFETY: as above.
 unsafe impl Sync for CudaDevice {}
 
-/// The machine code of this build that a device runs: of its own architecture, else of the newest
-/// earlier one with the same major number.
-pub(super) fn embedded(source: &Source, capability: u32) -> Option<(u32, &'static [u8])> {
-    let runs = |&&(made_for, _): &&(u32, _)| runs(made_for, capability);
-    source.cubins.iter().filter(runs).max_by_key(|(made_for, _)| *made_for).copied()
+/// The compute capability of the machine code of this build that a device runs: its own, else the
+/// newest earlier one with the same major number.
+pub(super) fn embedded(cubins: &Packed<u32>, capability: u32) -> Option<u32> {
+    cubins.keys().filter(|&made_for| runs(made_for, capability)).max()
 }
 
 impl Platform for CudaDevice {
@@ -84,10 +83,10 @@ impl Platform for CudaDevice {
         load: &dyn Fn(&[u8]) -> Result<Module>,
     ) -> Result<Module> {
         let mut reasons = Vec::new();
-        match embedded(source, self.capability) {
+        match embedded(&source.cubins, self.capability) {
             None if source.cubins.is_empty() => reasons.push("this build holds none".to_owned()),
             None => reasons.push("this build holds none for this architecture".to_owned()),
-            Some((made_for, packed)) => match unpack(packed).map(|cubin| load(&cubin)) {
+            Some(made_for) => match source.cubins.unpack(made_for).map(|cubin| load(&cubin)) {
                 Ok(Ok(module)) => return Ok(module),
                 Ok(Err(Error::Call { code, name, .. })) if driver::IMAGE_ERRORS.contains(&code) => {
                     reasons

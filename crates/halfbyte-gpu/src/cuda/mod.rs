@@ -23,6 +23,7 @@ use crate::device::{Device, Facts, Runtime};
 use crate::error::{Error, Result};
 use crate::library::{Candidate, Library};
 use crate::native::{self, Calls, Native};
+use crate::packed::Packed;
 use device::CudaDevice;
 use driver::Sys;
 use std::ffi::{CStr, c_char, c_int};
@@ -216,7 +217,7 @@ impl Cuda {
     /// Why no kernel could be loaded on a device, when that is known before trying.
     fn lacks_code(&self, facts: &Facts) -> Option<Error> {
         let source = crate::sources::ALL.first()?;
-        if device::embedded(source, facts.capability).is_some() {
+        if device::embedded(&source.cubins, facts.capability).is_some() {
             return None;
         }
         let reason = nvrtc::compiler_for(self.version, facts.capability).err()?;
@@ -227,7 +228,7 @@ impl Cuda {
 
     /// Where machine code comes from.
     fn describe_kernels(&self) -> String {
-        let embedded = crate::sources::ALL.first().map_or(&[][..], |source| source.cubins);
+        let embedded = crate::sources::ALL.first().map_or(Packed::NONE, |source| source.cubins);
         let cache = crate::cache::folder().map_or_else(
             || "kept nowhere".to_owned(),
             |folder| format!("kept in {}", folder.display()),
@@ -241,8 +242,7 @@ impl Cuda {
         if embedded.is_empty() {
             return format!("compiled when first used: {compiler}");
         }
-        let list: Vec<_> =
-            embedded.iter().map(|(capability, _)| format!("sm_{capability}")).collect();
+        let list: Vec<_> = embedded.keys().map(|capability| format!("sm_{capability}")).collect();
         format!(
             "machine code for {}; others are compiled when first used: {compiler}",
             list.join(", ")

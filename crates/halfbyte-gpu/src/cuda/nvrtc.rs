@@ -85,11 +85,12 @@ pub(super) fn options(source: &Source, architecture: &str) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::packed::Packed;
 
     #[test]
     fn exact_sources_are_compiled_without_contraction() {
-        static EXACT: Source = Source::new("x", "", true, false, &[]);
-        static FAST: Source = Source::new("y", "", false, false, &[]);
+        static EXACT: Source = Source::new("x", "", true, false, Packed::NONE);
+        static FAST: Source = Source::new("y", "", false, false, Packed::NONE);
         let contracted = |source| !options(source, "sm_80").contains(&"--fmad=false".to_owned());
         assert!(!contracted(&EXACT));
         assert!(contracted(&FAST));

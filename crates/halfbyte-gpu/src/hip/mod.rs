@@ -345,6 +345,7 @@ fn options(source: &Source, architecture: &str) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::packed::Packed;
 
     #[test]
     fn the_architecture_is_found_wherever_it_lies() {
@@ -359,8 +360,8 @@ mod tests {
 
     #[test]
     fn exact_sources_are_compiled_without_contraction() {
-        static EXACT: Source = Source::new("x", "", true, false, &[]);
-        static FAST: Source = Source::new("y", "", false, false, &[]);
+        static EXACT: Source = Source::new("x", "", true, false, Packed::NONE);
+        static FAST: Source = Source::new("y", "", false, false, Packed::NONE);
         let off = "-ffp-contract=off".to_owned();
         assert!(
             options(&EXACT, "gfx90a").contains(&off) && !options(&FAST, "gfx90a").contains(&off)

@@ -9,8 +9,9 @@ use crate::cache::Entry;
 use crate::error::{Error, Result};
 use crate::library::{Candidate, Library, dynlib};
 use crate::module::Source;
-use crate::packed::unpack;
+use crate::packed::Packed;
 use std::ffi::{CStr, c_char, c_int, c_uint};
+use std::io::ErrorKind::NotFound;
 use std::{ptr, slice};
 
 include!(concat!(env!("OUT_DIR"), "/spirv.rs"));
@@ -45,11 +46,10 @@ dynlib! {
 
 /// SPIR-V of `source`.
 pub(super) fn spirv(source: &Source) -> Result<Vec<u8>> {
-    let embedded = SPIRV.iter().find(|(name, _)| *name == source.name);
-    let reason = match embedded.map(|(_, code)| unpack(code)) {
-        Some(Ok(code)) => return Ok(code),
-        Some(Err(error)) => format!("this build's SPIR-V is damaged: {error}"),
-        None => "this build has no SPIR-V".into(),
+    let reason = match SPIRV.unpack(source.name) {
+        Ok(code) => return Ok(code),
+        Err(error) if error.kind() == NotFound => "this build has no SPIR-V".into(),
+        Err(error) => format!("this build's SPIR-V is damaged: {error}"),
     };
     let candidates = Candidate::from_env(VARIABLE, || vec![Candidate::name(SYSTEM)]);
     let opened = Library::open("Intel's offline compiler", &candidates)
@@ -79,7 +79,8 @@ pub(super) fn describe() -> String {
 fn compile(ocloc: &Ocloc, source: &Source) -> Result<Vec<u8>> {
     // SAFETY: the function takes nothing.
     let version = format!("ocloc {}", unsafe { (ocloc.version)() });
-    let entry = Entry::new(source.name, ARCHITECTURE, &[source.text, &version]);
+    let source_text = source.text()?;
+    let entry = Entry::new(source.name, ARCHITECTURE, &[&source_text, &version]);
     if let Some(code) = entry.load() {
         return Ok(code);
     }
@@ -87,7 +88,7 @@ fn compile(ocloc: &Ocloc, source: &Source) -> Result<Vec<u8>> {
     let arguments: [&CStr; 7] =
         [c"ocloc", c"-q", c"-spv_only", c"-file", c"kernel.cl", c"-options", c"-cl-std=CL2.0"];
     let arguments = arguments.map(CStr::as_ptr);
-    let text = [source.text.as_bytes(), b"\0"].concat();
+    let text = [source_text.as_bytes(), b"\0"].concat();
     let (data, length, name) = (text.as_ptr(), text.len() as u64, c"kernel.cl".as_ptr());
     let mut outputs = Outputs {
         count: 0,

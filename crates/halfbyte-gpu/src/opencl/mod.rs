@@ -246,7 +246,8 @@ impl Driver for OpenCl {
         if source.cuda_only {
             return Err(Error::CudaOnly { source_name: source.name, runtime: Runtime::OpenCl });
         }
-        let (strings, lengths) = (source.text.as_ptr().cast(), source.text.len());
+        let text = source.text()?;
+        let (strings, lengths) = (text.as_ptr().cast(), text.len());
         let mut code = 0;
         // SAFETY: one string of the length given; OpenCL copies it.
         let program = unsafe {

@@ -6,7 +6,7 @@ use crate::{DeviceSlice, Floats, Grid, Stream, sources};
 use halfbyte::BlockSize;
 
 /// Elements per group of the quantization: whole blocks of any size.
-const QUANTIZE_TILE: usize = 4096;
+const QUANTIZE_TILE: usize = 8192;
 /// Elements per group of the decoding.
 const DEQUANTIZE_TILE: usize = 8192;
 /// Threads per group.

@@ -6,7 +6,7 @@ use crate::{DeviceSlice, Grid, Stream, sources};
 use halfbyte::BlockSize;
 
 /// Scales per group of the quantization: whole blocks of any size.
-const TILE: usize = 4096;
+const TILE: usize = 8192;
 /// Threads per group of the quantization.
 const THREADS: u32 = 256;
 /// Threads per group of the sum.

@@ -8,9 +8,9 @@
 //! ([`Outliers`]) and is read there by the product, so that a whole layer can be captured in a CUDA
 //! graph. Values are not looked at on the host: NaN and infinity propagate.
 
-mod grad;
-mod product;
-mod rows;
+pub(super) mod grad;
+pub(super) mod product;
+pub(super) mod rows;
 
 pub use grad::int8_linear_grad_input;
 pub use product::{
@@ -87,7 +87,7 @@ impl Outliers {
     }
 }
 
-fn check_depth(got: usize) -> Result<()> {
+pub(super) fn check_depth(got: usize) -> Result<()> {
     if got <= INT8_MAX_DEPTH { Ok(()) } else { Err(halfbyte::Error::Depth { got }.into()) }
 }
 
@@ -107,11 +107,11 @@ fn check_bias(bias: Option<Floats>, out_features: usize, out: Floats) -> Result<
 
 /// As many groups as there is work, but not more than keep the device busy: the kernels stride
 /// over the rest.
-fn groups(stream: &Stream, work: usize) -> usize {
+pub(super) fn groups(stream: &Stream, work: usize) -> usize {
     work.min(stream.device().multiprocessors().max(1) as usize * 16)
 }
 
 /// What may be absent: its address, or null.
-fn optional<'a>(buffer: Option<impl Into<Arg<'a>>>) -> Arg<'a> {
+pub(super) fn optional<'a>(buffer: Option<impl Into<Arg<'a>>>) -> Arg<'a> {
     buffer.map_or(Arg::Pointer(0), Into::into)
 }

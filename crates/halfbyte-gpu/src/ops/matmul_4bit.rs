@@ -5,7 +5,7 @@
 //!
 //! | way | when | products | the weight's elements |
 //! |---|---|---|---|
-//! | [`matvec_4bit`] | forward, up to 8 rows | float32 | not rounded |
+//! | [`matvec_4bit`] | forward, up to 4 rows; up to 8 where tensor cores cannot or would take longer | float32 | not rounded |
 //! | tensor cores | CUDA; float16 from 7.5 on, bfloat16 from 8.0 on; `in_features` a multiple of 32 | exact, summed in float32 | rounded to the dtype, as [`dequantize_4bit`](super::dequantize_4bit) gives them |
 //! | plain | everything else: float32, other runtimes, odd shapes, an `out` that is not aligned to 4 bytes | float32 | not rounded |
 //!
@@ -16,12 +16,12 @@
 //! is added (its subnormal weights), and a weight beyond 65504 is infinite there. All ways give the
 //! same bits in every run on one kind of device.
 
-mod plan;
+pub(super) mod plan;
 
 use super::matvec_4bit::{MATVEC_4BIT_MAX_ROWS, matvec_4bit};
 use super::weight::{Weight4, by_dtype, shift};
 use crate::error::{Result, check_dtype, check_len};
-use crate::{Arg, Device, DeviceSlice, Floats, Grid, Runtime, Stream, sources};
+use crate::{Arg, Device, DeviceSlice, Floats, Grid, Stream, sources};
 use halfbyte::DType;
 use plan::{Machine, Plan, Product};
 
@@ -54,7 +54,8 @@ pub fn matmul_4bit(
     }
     let product = Product::new(false, weight.out_features(), weight.in_features(), rows);
     product.check("input", input, out)?;
-    if rows <= MATVEC_4BIT_MAX_ROWS {
+    let odd_address = !out.pointer().is_multiple_of(4) && rows <= MATVEC_4BIT_MAX_ROWS;
+    if odd_address || product.is_for_matvec(stream.device(), input.dtype()) {
         return matvec_4bit(stream, input, rows, weight, bias, out);
     }
     product.launch(stream, input, weight, bias, out, workspace)
@@ -91,10 +92,8 @@ pub fn matmul_4bit_workspace(
     in_features: usize,
     dtype: DType,
 ) -> usize {
-    if rows <= MATVEC_4BIT_MAX_ROWS {
-        return 0;
-    }
-    Product::new(false, out_features, in_features, rows).workspace(device, dtype)
+    let product = Product::new(false, out_features, in_features, rows);
+    if product.is_for_matvec(device, dtype) { 0 } else { product.workspace(device, dtype) }
 }
 
 /// Bytes of workspace that [`matmul_4bit_grad_input`] takes for `rows` rows of `dtype` against a
@@ -119,17 +118,38 @@ impl Product {
 
     /// How the product goes on tensor cores; `None` when the plain tile has to do it.
     fn plan(&self, device: &Device, dtype: DType) -> Option<Plan> {
-        let machine = Machine {
-            capability: if device.runtime() == Runtime::Cuda { device.capability() } else { 0 },
-            multiprocessors: device.multiprocessors().max(1) as usize,
-            shared_bytes: device.max_shared_bytes(),
-        };
-        Plan::best(&machine, self, dtype)
+        Plan::best(&Machine::of(device), self, dtype)
+    }
+
+    /// Whether the forward product is one for [`matvec_4bit`]: up to four rows, and up to eight
+    /// where tensor cores cannot do it or are estimated to take longer.
+    fn is_for_matvec(&self, device: &Device, dtype: DType) -> bool {
+        match self.rows {
+            0..=4 => true,
+            5..=MATVEC_4BIT_MAX_ROWS => self
+                .plan(device, dtype)
+                .is_none_or(|plan| !plan.beats_matvec(&Machine::of(device), self)),
+            _ => false,
+        }
     }
 
     fn workspace(&self, device: &Device, dtype: DType) -> usize {
         let sums = self.plan(device, dtype).map_or(0, |plan| plan.sums(self));
         if sums == 0 { 0 } else { DeviceSlice::<u8>::carved_bytes::<f32>(sums) }
+    }
+
+    /// How the kernels of `kernels/matmul_4bit.h` may copy.
+    pub(super) fn flags(&self, packed: DeviceSlice<u8>, input: Floats) -> u32 {
+        const PACKED_IS_ALIGNED: u32 = 1;
+        const INPUT_IS_ALIGNED: u32 = 2;
+        let mut flags = 0;
+        if packed.pointer().is_multiple_of(16) {
+            flags |= PACKED_IS_ALIGNED;
+        }
+        if input.pointer().is_multiple_of(16) && self.depth.is_multiple_of(8) {
+            flags |= INPUT_IS_ALIGNED;
+        }
+        flags
     }
 
     fn launch(
@@ -171,13 +191,7 @@ impl Product {
         } else {
             workspace.carve::<f32>("workspace", sums)?
         };
-        let mut flags = 0;
-        if weight.packed().pointer().is_multiple_of(16) {
-            flags |= PACKED_IS_ALIGNED;
-        }
-        if input.pointer().is_multiple_of(16) && self.depth.is_multiple_of(8) {
-            flags |= INPUT_IS_ALIGNED;
-        }
+        let flags = self.flags(weight.packed(), input);
         let shape = plan.shape;
         let source = if self.grad { &sources::MATMUL_4BIT_GRAD } else { &sources::MATMUL_4BIT };
         let grid = Grid::new(shape.tiles(self), shape.threads())
@@ -266,7 +280,3 @@ impl Product {
         )
     }
 }
-
-/// As in `kernels/matmul_4bit.h`.
-const PACKED_IS_ALIGNED: u32 = 1;
-const INPUT_IS_ALIGNED: u32 = 2;

@@ -3,6 +3,7 @@
 mod blockwise;
 mod dequantize_4bit;
 mod double_quant;
+mod experts;
 mod int8;
 mod matmul_4bit;
 mod matvec_4bit;
@@ -13,6 +14,7 @@ mod weight;
 pub use blockwise::*;
 pub use dequantize_4bit::*;
 pub use double_quant::*;
+pub use experts::*;
 pub use int8::*;
 pub use matmul_4bit::*;
 pub use matvec_4bit::*;

@@ -6,7 +6,7 @@ use crate::{DeviceSlice, Floats, Grid, Stream, sources};
 use halfbyte::{BlockSize, Code4};
 
 /// Elements per group: whole blocks of any size.
-const TILE: usize = 4096;
+const TILE: usize = 8192;
 /// Threads per group.
 const THREADS: u32 = 256;
 

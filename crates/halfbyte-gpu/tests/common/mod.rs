@@ -4,7 +4,8 @@
 
 #![allow(dead_code, reason = "no test file uses all of it")]
 
-use halfbyte_gpu::{Device, Stream, cuda_device, opencl_device, rocm_device, xpu_device};
+use halfbyte::DType;
+use halfbyte_gpu::{Device, Runtime, Stream, cuda_device, opencl_device, rocm_device, xpu_device};
 use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -57,6 +58,16 @@ pub(crate) fn portable_devices() -> Vec<&'static Device> {
     devices
 }
 
+/// Whether 4-bit products of `dtype` may take the way of tensor cores on `device`.
+pub(crate) fn on_tensor_cores(device: &Device, dtype: DType) -> bool {
+    let least = match dtype {
+        DType::F16 => 75,
+        DType::BF16 => 80,
+        DType::F32 => return false,
+    };
+    device.runtime() == Runtime::Cuda && device.capability() >= least
+}
+
 /// A stream of ours on `device`.
 pub(crate) fn stream(device: &'static Device) -> Stream {
     Stream::new(device).unwrap_or_else(|error| panic!("{device}: {error}"))
@@ -87,10 +98,13 @@ pub(crate) fn set_up() {
             env::set_var("HALFBYTE_EMULATOR_DEVICES", devices);
             env::set_var("HALFBYTE_CACHE_DIR", "");
             env::remove_var("HALFBYTE_BACKEND");
-            // With two workers PoCL 3.0 gives other results of `quantize_absmax` from run to run;
-            // with one it does not, nor does the same text (without shuffles) in the emulator.
+            // Groups run at the same time, on no more threads than every machine has.
             if env::var_os("POCL_MAX_PTHREAD_COUNT").is_none() {
-                env::set_var("POCL_MAX_PTHREAD_COUNT", "1");
+                env::set_var("POCL_MAX_PTHREAD_COUNT", "2");
+            }
+            // Two accesses that nothing orders are named and end the process.
+            if env::var_os("HALFBYTE_EMULATOR_RACES").is_none() {
+                env::set_var("HALFBYTE_EMULATOR_RACES", "1");
             }
             if let (None, Some(pocl)) = (env::var_os("HALFBYTE_OPENCL"), pocl()) {
                 env::set_var("HALFBYTE_OPENCL", pocl);

@@ -1,5 +1,7 @@
 //! Random choices: sizes near the borders where kernels change what they do, values of every kind,
-//! buffers at any address.
+//! buffers at any address. And graphs.
+
+#![allow(dead_code)] // each test file takes what it needs
 
 use crate::common;
 use crate::placed::{Bits, Placed, Random};
@@ -31,17 +33,10 @@ impl Draw {
             return call().unwrap_or_else(|error| panic!("{}: {error}", self.at));
         }
         self.at.push_str(" captured");
-        let graph = Graph::of_emulator();
-        // SAFETY: the functions are the emulated driver's, of these types, and `stream` is its.
-        unsafe {
-            assert_eq!((graph.begin)(stream.raw(), 0), 0);
-            let called = call();
-            let mut recorded = std::ptr::null_mut();
-            assert_eq!((graph.end)(stream.raw(), &raw mut recorded), 0);
-            called.unwrap_or_else(|error| panic!("{}: {error}", self.at));
-            for _ in 0..2 {
-                assert_eq!((graph.launch)(recorded, stream.raw()), 0);
-            }
+        let graph = Graph::record(stream, call);
+        let graph = graph.unwrap_or_else(|error| panic!("{}: {error}", self.at));
+        for _ in 0..2 {
+            graph.replay(stream);
         }
     }
 
@@ -169,23 +164,46 @@ impl Draw {
     }
 }
 
+/// Launches that the emulated driver has recorded.
+pub(crate) struct Graph(*mut c_void);
+
+impl Graph {
+    /// What `call` launches on `stream`; none of it runs.
+    pub(crate) fn record(stream: &Stream, call: impl FnOnce() -> Result<()>) -> Result<Self> {
+        let driver = GraphCalls::of_emulator();
+        let mut recorded = std::ptr::null_mut();
+        // SAFETY: the functions are the emulated driver's, of these types, and `stream` is its.
+        unsafe {
+            assert_eq!((driver.begin)(stream.raw(), 0), 0);
+            let called = call();
+            assert_eq!((driver.end)(stream.raw(), &raw mut recorded), 0);
+            called.map(|()| Self(recorded))
+        }
+    }
+
+    pub(crate) fn replay(&self, stream: &Stream) {
+        // SAFETY: as above; the graph is one that the driver made.
+        unsafe { assert_eq!((GraphCalls::of_emulator().launch)(self.0, stream.raw()), 0) }
+    }
+}
+
 /// The emulated driver's functions for graphs, of which this crate uses none.
-struct Graph {
+struct GraphCalls {
     begin: unsafe extern "C" fn(*mut c_void, c_int) -> c_int,
     end: unsafe extern "C" fn(*mut c_void, *mut *mut c_void) -> c_int,
     launch: unsafe extern "C" fn(*mut c_void, *mut c_void) -> c_int,
 }
 
-impl Graph {
+impl GraphCalls {
     fn of_emulator() -> &'static Self {
-        static GRAPH: OnceLock<Graph> = OnceLock::new();
-        GRAPH.get_or_init(|| {
+        static CALLS: OnceLock<GraphCalls> = OnceLock::new();
+        CALLS.get_or_init(|| {
             // SAFETY: the library is open already, as the driver, and stays open; the types are
             // those of cuda.h.
             unsafe {
                 let library = Library::new(halfbyte_gpu_emulator::path()).unwrap();
                 let library = ManuallyDrop::new(library);
-                Graph {
+                GraphCalls {
                     begin: *library.get("cuStreamBeginCapture_v2").unwrap(),
                     end: *library.get("cuStreamEndCapture").unwrap(),
                     launch: *library.get("cuGraphLaunch").unwrap(),

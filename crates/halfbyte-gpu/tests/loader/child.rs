@@ -2,7 +2,7 @@
 
 use halfbyte::{BlockSize, Code4, NonFinite};
 use halfbyte_gpu::{
-    Device, DeviceBuffer, Floats, Grid, Source, Stream, choose, cuda_device, ops, report,
+    Device, DeviceBuffer, Floats, Grid, Packed, Source, Stream, choose, cuda_device, ops, report,
     rocm_device, sources,
 };
 use std::env;
@@ -14,17 +14,19 @@ pub(crate) const REFUSED: &[u8] =
 /// What is not packed.
 const DAMAGED: &[u8] = b"\xff\xff";
 
-static WITH_REFUSED: Source = Source::new("quantize_4bit", "text", true, false, &[(80, REFUSED)]);
-static WITH_DAMAGED: Source = Source::new("quantize_4bit", "text", true, false, &[(80, DAMAGED)]);
+static WITH_REFUSED: Source =
+    Source::new("quantize_4bit", "text", true, false, Packed::new(REFUSED, &[(80, 4)]));
+static WITH_DAMAGED: Source =
+    Source::new("quantize_4bit", "text", true, false, Packed::new(DAMAGED, &[(80, 4)]));
 static WITH_OTHER: Source = Source::new(
     "quantize_4bit",
     "text",
     true,
     false,
-    &[(75, REFUSED), (86, REFUSED), (90, REFUSED)],
+    Packed::new(REFUSED, &[(75, 1), (86, 2), (90, 4)]),
 );
-static WITH_NONE: Source = Source::new("quantize_4bit", "text", true, false, &[]);
-static CUDA_ONLY: Source = Source::new("tiles", "text", false, true, &[]);
+static WITH_NONE: Source = Source::new("quantize_4bit", "text", true, false, Packed::NONE);
+static CUDA_ONLY: Source = Source::new("tiles", "text", false, true, Packed::NONE);
 
 #[test]
 #[ignore = "a part of the other tests, each of which starts it in a process of its own"]

@@ -3,7 +3,8 @@
 use crate::child::REFUSED;
 use crate::{Case, shared_library};
 use halfbyte_gpu::{
-    Arg, DeviceBuffer, Grid, ManagedBuffer, Result, Source, Stream, cuda_device, cuda_device_of,
+    Arg, DeviceBuffer, Grid, ManagedBuffer, Packed, Result, Source, Stream, cuda_device,
+    cuda_device_of,
 };
 use std::env;
 use std::ffi::{CStr, c_char};
@@ -12,11 +13,11 @@ use std::ptr;
 use std::time::Instant;
 
 /// Machine code that the stub does not look at (four bytes, packed).
-static CODE: Source = Source::new("stub", "text", true, false, &[(80, REFUSED)]);
+static CODE: Source = Source::new("stub", "text", true, false, Packed::new(REFUSED, &[(80, 4)]));
 
 /// The same many times: a source is loaded once.
 static CODES: [Source; 32] =
-    [const { Source::new("stub", "text", true, false, &[(80, REFUSED)]) }; 32];
+    [const { Source::new("stub", "text", true, false, Packed::new(REFUSED, &[(80, 4)])) }; 32];
 
 /// Functions of the driver in the order of their first use, and whether their failure is an error:
 /// where it is not, there is nothing that a caller could do, or a later call reports it.

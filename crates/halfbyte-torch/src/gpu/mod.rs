@@ -14,6 +14,7 @@
 //! **Devices.** The launchers push the device's context when another one is current, and every
 //! allocation names its device; the current device of the thread is neither read nor changed.
 
+pub(crate) mod experts;
 pub(crate) mod managed;
 pub(crate) mod optim;
 pub(crate) mod outliers;

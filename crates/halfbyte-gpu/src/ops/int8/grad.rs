@@ -6,12 +6,12 @@ use halfbyte::DType;
 
 /// Rows and columns of a group's tile on tensor cores, and its shared memory: copies of the gradient
 /// in three stages, decoded weights in two.
-const LARGE: (usize, usize, u32) = (128, 128, 40 * 1024);
-const SMALL: (usize, usize, u32) = (32, 64, 14 * 1024);
-const TILE_THREADS: u32 = 128;
+pub(in crate::ops) const LARGE: (usize, usize, u32) = (128, 128, 40 * 1024);
+pub(in crate::ops) const SMALL: (usize, usize, u32) = (32, 64, 14 * 1024);
+pub(in crate::ops) const TILE_THREADS: u32 = 128;
 /// Rows and columns of a group's tile elsewhere, and its threads.
-const PLAIN: (usize, usize) = (64, 64);
-const PLAIN_THREADS: u32 = 256;
+pub(in crate::ops) const PLAIN: (usize, usize) = (64, 64);
+pub(in crate::ops) const PLAIN_THREADS: u32 = 256;
 
 /// `out = grad_output · dequantize(weight)`: the gradient of [`int8_linear`](super::int8_linear)
 /// for its input, taken as if nothing had been rounded. The dequantized weight is never stored.
@@ -74,7 +74,7 @@ pub fn int8_linear_grad_input(
     )
 }
 
-fn tensor_cores(device: &Device, dtype: DType) -> bool {
+pub(in crate::ops) fn tensor_cores(device: &Device, dtype: DType) -> bool {
     let least = match dtype {
         DType::F32 => return false,
         DType::F16 => 75,

@@ -11,31 +11,36 @@ use crate::{
 use std::ffi::CStr;
 
 /// Rows that read the weight once, without tensor cores.
-const FEW_ROWS: usize = 8;
+pub(in crate::ops) const FEW_ROWS: usize = 8;
 /// Threads of a group there, and outputs that it takes.
-const FEW: (u32, usize) = (128, 8);
+pub(in crate::ops) const FEW: (u32, usize) = (128, 8);
 /// Without tensor cores, passes of [`FEW_ROWS`] rows beat the tile up to here.
 const FEW_ROWS_PLAIN: usize = 16;
 /// Rows and outputs of a group of the tile without tensor cores, and its threads.
-const PLAIN: (usize, u32) = (64, 256);
+pub(in crate::ops) const PLAIN: (usize, u32) = (64, 256);
 
 /// A tile on tensor cores.
-struct Tile {
-    rows: usize,
+pub(in crate::ops) struct Tile {
+    pub(in crate::ops) rows: usize,
     outputs: usize,
 }
 
 /// Both have 128 threads and 48 KiB of shared memory, in 3 and 4 stages.
-const LARGE: Tile = Tile { rows: 128, outputs: 128 };
-const SMALL: Tile = Tile { rows: 64, outputs: 32 };
-const TILE_THREADS: u32 = 128;
-const TILE_SHARED: u32 = 48 * 1024;
+pub(in crate::ops) const LARGE: Tile = Tile { rows: 128, outputs: 128 };
+pub(in crate::ops) const SMALL: Tile = Tile { rows: 64, outputs: 32 };
+pub(in crate::ops) const TILE_THREADS: u32 = 128;
+pub(in crate::ops) const TILE_SHARED: u32 = 48 * 1024;
 /// Codes of a row of [`int8_linear`]'s workspace are filled up to a multiple of this.
 const ALIGNMENT: usize = 16;
 
 impl Tile {
+    /// Tiles side by side.
+    pub(in crate::ops) const fn across(&self, outputs: usize) -> usize {
+        outputs.div_ceil(self.outputs)
+    }
+
     const fn groups(&self, rows: usize, outputs: usize) -> usize {
-        rows.div_ceil(self.rows) * outputs.div_ceil(self.outputs)
+        rows.div_ceil(self.rows) * self.across(outputs)
     }
 }
 
@@ -247,7 +252,7 @@ fn scaled(
 }
 
 /// Codes of a row in [`int8_linear`]'s workspace.
-const fn stride(columns: usize) -> usize {
+pub(in crate::ops) const fn stride(columns: usize) -> usize {
     columns.div_ceil(ALIGNMENT).saturating_mul(ALIGNMENT)
 }
 

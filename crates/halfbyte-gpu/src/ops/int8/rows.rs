@@ -5,7 +5,7 @@ use super::{Outliers, by_dtype, check_dtype, check_len, check_matrix, groups, op
 use crate::{DeviceSlice, Error, Floats, Grid, Result, Stream, sources};
 
 /// Threads of a group of every kernel in `int8_rows.cu` but the few-rows one.
-const THREADS: u32 = 256;
+pub(in crate::ops) const THREADS: u32 = 256;
 /// Threads of the group that does a small matrix in one launch.
 const FEW_THREADS: u32 = 512;
 /// Elements that one group does as fast as it takes to launch two more kernels.
@@ -14,7 +14,7 @@ const FEW_ELEMENTS: usize = 32 * 1024;
 const FEW_COLUMNS: usize = 32 * 1024;
 
 /// The flags of outlier columns, one bit a column.
-const fn words(columns: usize) -> usize {
+pub(in crate::ops) const fn words(columns: usize) -> usize {
     columns.div_ceil(32)
 }
 
@@ -156,7 +156,7 @@ pub(super) fn quantize(
 }
 
 /// Sets 32-bit words to zero.
-pub(super) fn clear<T>(stream: &Stream, words: DeviceSlice<T>) -> Result<()> {
+pub(in crate::ops) fn clear<T>(stream: &Stream, words: DeviceSlice<T>) -> Result<()> {
     const { assert!(size_of::<T>() == 4) };
     stream.launch(
         &sources::INT8_ROWS,

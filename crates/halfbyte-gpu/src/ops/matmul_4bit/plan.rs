@@ -1,19 +1,20 @@
 //! Which tile a product takes on tensor cores, and into how many parts its sums are split.
 
+use crate::{Device, Runtime};
 use halfbyte::DType;
 use std::ffi::CStr;
 
 /// What is multiplied: `out[rows, columns]`, each element a sum over `depth`.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Product {
-    pub(super) grad: bool,
-    pub(super) rows: usize,
-    pub(super) columns: usize,
-    pub(super) depth: usize,
+pub(in crate::ops) struct Product {
+    pub(in crate::ops) grad: bool,
+    pub(in crate::ops) rows: usize,
+    pub(in crate::ops) columns: usize,
+    pub(in crate::ops) depth: usize,
 }
 
 impl Product {
-    pub(super) const fn new(
+    pub(in crate::ops) const fn new(
         grad: bool,
         out_features: usize,
         in_features: usize,
@@ -27,14 +28,28 @@ impl Product {
     const fn in_features(&self) -> usize {
         if self.grad { self.columns } else { self.depth }
     }
+
+    /// Whether tensor cores can do it.
+    fn fits(&self, machine: &Machine, dtype: DType) -> bool {
+        let least = match dtype {
+            DType::F16 => 75,
+            DType::BF16 => 80,
+            DType::F32 => return false,
+        };
+        machine.capability >= least
+            && self.in_features().is_multiple_of(32)
+            && self.depth > 0
+            && u32::try_from(self.columns).is_ok()
+            && u32::try_from(self.depth).is_ok()
+    }
 }
 
 /// Elements of the depth that a kernel takes at once.
-const STEP: usize = 64;
+pub(in crate::ops) const STEP: usize = 64;
 
 /// A tile of `kernels/matmul_4bit.h`, with the same numbers.
 #[derive(Debug)]
-pub(super) struct Shape {
+pub(in crate::ops) struct Shape {
     rows: usize,
     columns: usize,
     threads: u32,
@@ -45,6 +60,9 @@ pub(super) struct Shape {
     /// Names of the kernels: forward for float16 and bfloat16, then the gradient's, if any.
     forward: [&'static CStr; 2],
     grad: Option<[&'static CStr; 2]>,
+    /// The same of the kernels that pick rows by expert.
+    routed: Option<[&'static CStr; 2]>,
+    routed_grad: Option<[&'static CStr; 2]>,
 }
 
 static SHAPES: [Shape; 5] = [
@@ -56,6 +74,8 @@ static SHAPES: [Shape; 5] = [
         capability: 75,
         forward: [c"matmul_4bit_16_f16", c"matmul_4bit_16_bf16"],
         grad: None,
+        routed: Some([c"experts_matmul_4bit_16_f16", c"experts_matmul_4bit_16_bf16"]),
+        routed_grad: None,
     },
     Shape {
         rows: 32,
@@ -65,6 +85,8 @@ static SHAPES: [Shape; 5] = [
         capability: 75,
         forward: [c"matmul_4bit_32_f16", c"matmul_4bit_32_bf16"],
         grad: None,
+        routed: None,
+        routed_grad: None,
     },
     Shape {
         rows: 64,
@@ -74,6 +96,11 @@ static SHAPES: [Shape; 5] = [
         capability: 75,
         forward: [c"matmul_4bit_64_f16", c"matmul_4bit_64_bf16"],
         grad: Some([c"matmul_4bit_grad_64_f16", c"matmul_4bit_grad_64_bf16"]),
+        routed: Some([c"experts_matmul_4bit_64_f16", c"experts_matmul_4bit_64_bf16"]),
+        routed_grad: Some([
+            c"experts_matmul_4bit_grad_64_f16",
+            c"experts_matmul_4bit_grad_64_bf16",
+        ]),
     },
     Shape {
         rows: 128,
@@ -83,6 +110,11 @@ static SHAPES: [Shape; 5] = [
         capability: 80,
         forward: [c"matmul_4bit_128_f16", c"matmul_4bit_128_bf16"],
         grad: Some([c"matmul_4bit_grad_128_f16", c"matmul_4bit_grad_128_bf16"]),
+        routed: Some([c"experts_matmul_4bit_128_f16", c"experts_matmul_4bit_128_bf16"]),
+        routed_grad: Some([
+            c"experts_matmul_4bit_grad_128_f16",
+            c"experts_matmul_4bit_grad_128_bf16",
+        ]),
     },
     Shape {
         rows: 256,
@@ -92,11 +124,52 @@ static SHAPES: [Shape; 5] = [
         capability: 80,
         forward: [c"matmul_4bit_256_f16", c"matmul_4bit_256_bf16"],
         grad: Some([c"matmul_4bit_grad_256_f16", c"matmul_4bit_grad_256_bf16"]),
+        routed: None,
+        routed_grad: None,
     },
 ];
 
 impl Shape {
-    pub(super) const fn threads(&self) -> u32 {
+    /// The tile for rows of many experts, `product.rows` of them to an expert: the smallest that
+    /// has room for these, else the largest. `None` when the plain tile has to do it.
+    pub(in crate::ops) fn routed(
+        machine: &Machine,
+        product: &Product,
+        dtype: DType,
+    ) -> Option<&'static Self> {
+        if !product.fits(machine, dtype) || !product.columns.is_multiple_of(2) {
+            return None;
+        }
+        let usable = |shape: &&Self| {
+            let kernels = if product.grad { shape.routed_grad } else { shape.routed };
+            kernels.is_some()
+                && machine.capability >= shape.capability
+                && machine.shared_bytes >= shape.routed_shared_bytes()
+        };
+        let room = |shape: &&Self| shape.rows >= product.rows;
+        SHAPES.iter().filter(usable).find(room).or_else(|| SHAPES.iter().rfind(usable))
+    }
+
+    /// As [`Shape::kernel`] for a shape that [`Shape::routed`] gives.
+    pub(in crate::ops) fn routed_kernel(&self, grad: bool, dtype: DType) -> &'static CStr {
+        let names = if grad { self.routed_grad } else { self.routed };
+        names.unwrap_or(self.forward)[usize::from(dtype == DType::BF16)]
+    }
+
+    /// As [`Shape::shared_bytes`], with two lists of rows.
+    pub(in crate::ops) const fn routed_shared_bytes(&self) -> u32 {
+        self.shared_bytes() + 8 * self.rows as u32
+    }
+
+    pub(in crate::ops) const fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub(in crate::ops) const fn columns(&self) -> usize {
+        self.columns
+    }
+
+    pub(in crate::ops) const fn threads(&self) -> u32 {
         self.threads
     }
 
@@ -123,12 +196,22 @@ impl Shape {
 }
 
 /// What a plan depends on.
-pub(super) struct Machine {
+pub(in crate::ops) struct Machine {
     /// As 75, 80, 90; zero when it is not CUDA's.
-    pub(super) capability: u32,
-    pub(super) multiprocessors: usize,
+    capability: u32,
+    multiprocessors: usize,
     /// Most that one group can have.
-    pub(super) shared_bytes: u32,
+    shared_bytes: u32,
+}
+
+impl Machine {
+    pub(in crate::ops) fn of(device: &Device) -> Self {
+        Self {
+            capability: if device.runtime() == Runtime::Cuda { device.capability() } else { 0 },
+            multiprocessors: device.multiprocessors().max(1) as usize,
+            shared_bytes: device.max_shared_bytes(),
+        }
+    }
 }
 
 /// A shape, and into how many parts of how many steps the depth is split.
@@ -142,17 +225,7 @@ pub(super) struct Plan {
 impl Plan {
     /// The plan with the least estimated time.
     pub(super) fn best(machine: &Machine, product: &Product, dtype: DType) -> Option<Self> {
-        let least = match dtype {
-            DType::F16 => 75,
-            DType::BF16 => 80,
-            DType::F32 => return None,
-        };
-        let fits = u32::try_from(product.columns).is_ok() && u32::try_from(product.depth).is_ok();
-        if machine.capability < least
-            || !product.in_features().is_multiple_of(32)
-            || product.depth == 0
-            || !fits
-        {
+        if !product.fits(machine, dtype) {
             return None;
         }
         let steps = product.depth.div_ceil(STEP);
@@ -204,6 +277,17 @@ impl Plan {
             sums => LAUNCH + sums.saturating_mul(8) / BYTES,
         };
         main.saturating_add(second) as u64
+    }
+
+    /// Whether this takes less than the kernel of `matvec_4bit` for five to eight rows, which issues
+    /// 16 instructions for 32 codes, at most four a cycle. Counted from the instructions; not
+    /// measured.
+    pub(super) fn beats_matvec(&self, machine: &Machine, product: &Product) -> bool {
+        const CODES: usize = 4 * 32;
+        const INSTRUCTIONS: usize = 16;
+        let codes = product.columns.saturating_mul(product.depth) / CODES;
+        let matvec = codes.saturating_mul(INSTRUCTIONS) / machine.multiprocessors;
+        self.cycles(machine, product) < matvec as u64
     }
 
     /// Number of float32 sums that go through the workspace: none for one split, unless rows of an
@@ -288,8 +372,41 @@ mod tests {
     }
 
     #[test]
+    fn rows_of_experts_get_the_smallest_tile_with_room() {
+        let rows_of = |machine, grad, rows| {
+            let product = Product::new(grad, 4096, 4096, rows);
+            Shape::routed(machine, &product, DType::F16).unwrap().rows
+        };
+        assert_eq!(
+            [1, 16, 17, 64, 65, 1000].map(|n| rows_of(&H100, false, n)),
+            [16, 16, 64, 64, 128, 128]
+        );
+        assert_eq!([1, 65].map(|n| rows_of(&H100, true, n)), [64, 128]);
+        assert_eq!([1, 65].map(|n| rows_of(&T4, false, n)), [16, 64]);
+        let odd = Product::new(false, 33, 64, 4);
+        assert!(Shape::routed(&H100, &odd, DType::F16).is_none(), "no two elements as one");
+    }
+
+    #[test]
     fn a_row_of_32_codes_or_none() {
         let plan = |columns| Plan::best(&H100, &Product::new(false, 64, columns, 16), DType::F16);
         assert!(plan(96).is_some() && plan(80).is_none() && plan(0).is_none());
+    }
+
+    #[test]
+    fn tensor_cores_take_few_rows_of_large_weights() {
+        let beats = |machine: &Machine, rows, out, columns| {
+            let product = Product::new(false, out, columns, rows);
+            let plan = Plan::best(machine, &product, DType::F16).unwrap();
+            plan.beats_matvec(machine, &product)
+        };
+        for machine in [H100, T4, RTX_4090] {
+            for rows in [5, 8] {
+                assert!(beats(&machine, rows, 4096, 4096));
+                assert!(beats(&machine, rows, 14_336, 4096));
+                assert!(!beats(&machine, rows, 256, 256));
+            }
+        }
+        assert!(!beats(&H100, 8, 1024, 1024));
     }
 }
