@@ -105,6 +105,47 @@ def test_transformers_load_and_generate(kind, load):
     assert out.is_cuda
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_transformers_mixture_of_experts(kind, tmp_path):
+    """Experts are quantized as they are loaded, and run and train as on the CPU."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
+    with torch.device("cpu"):
+        transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)
+    quantization = transformers.BitsAndBytesConfig(**CONFIGS[kind])
+    logits, grads = {}, {}
+    for device in ("cuda", "cpu"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path,
+            dtype=torch.float32,
+            quantization_config=quantization,
+            device_map={"": 0 if device == "cuda" else "cpu"},
+        )
+        layers = [m for m in model.modules() if hasattr(m, "_apply_gate")]
+        stored = {p.dtype for m in layers for p in m.parameters()}
+        assert len(layers) == 2
+        assert stored == {torch.uint8 if kind == "4bit" else torch.int8}
+        assert {p.device.type for p in model.parameters()} == {device}
+        embedded = model.get_input_embeddings()(tokens().remainder(128).to(device)).detach()
+        embedded.requires_grad_()
+        out = model(inputs_embeds=embedded).logits
+        out.square().mean().backward()
+        logits[device], grads[device] = out.detach().cpu(), embedded.grad.cpu()
+    for got, want in ((logits["cuda"], logits["cpu"]), (grads["cuda"], grads["cpu"])):
+        error = float((got - want).norm() / want.norm())
+        assert error < 2e-2, error
+
+
 def test_transformers_save_and_reload(load, tmp_path):
     transformers = pytest.importorskip("transformers")
     model = load("cuda", **CONFIGS["4bit"])
