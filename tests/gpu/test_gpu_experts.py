@@ -131,14 +131,16 @@ def test_nothing_waits_for_the_routes(tokens, calls):
         assert len(seen) == launches, seen
 
 
+@pytest.mark.parametrize("made", ["Experts4bit, {}", "Experts8bit, {'threshold': 3.0}"])
 @pytest.mark.parametrize("tokens", [8, 300])
-def test_a_graph_follows_the_routes(tokens, cuda_worker):
+def test_a_graph_follows_the_routes(tokens, made, cuda_worker):
     """Forward and backward, captured once, replayed with other routes in the same memory."""
     code = f"""
-from halfbyte.nn import Experts4bit
+from halfbyte.nn import Experts4bit, Experts8bit
 def seeded(seed):
     return torch.Generator().manual_seed(seed)
-module = Experts4bit.from_float(torch.randn(6, 34, 96, generator=seeded(0)) / 10).cuda()
+kind, options = {made}
+module = kind.from_float(torch.randn(6, 34, 96, generator=seeded(0)) / 10, **options).cuda()
 g = torch.randn({tokens}, 2, 34, generator=seeded(1)).cuda()
 def fresh(seed):
     ids = torch.randint(0, 7, ({tokens}, 2), generator=seeded(seed))
