@@ -84,6 +84,13 @@ def runtime() -> ctypes.CDLL:
     return library
 
 
+def waits() -> list[int]:
+    """How often each call was made that waits for the device, or copies to or from it."""
+    count = runtime().halfbyte_emulated_calls
+    names = ("StreamSynchronize", "DeviceSynchronize", "EventSynchronize", "Memcpy", "MemcpyAsync")
+    return [count(f"cuda{name}".encode()) for name in names]
+
+
 def install() -> None:
     """Replaces PyTorch's CUDA kernels in this process; a second call changes nothing."""
     global _library

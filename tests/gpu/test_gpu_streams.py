@@ -15,7 +15,7 @@ from test_gpu_ops import CASES
 find = _ops.find
 
 # The number of outliers is the size of a result, which the host must know.
-WAITING = ("int8_vectorwise_quant", "int8_double_quant", "int8_linear.outliers", "experts_")
+WAITING = ("int8_vectorwise_quant", "int8_double_quant", "int8_linear.outliers")
 
 
 def launches(lines: list[str]) -> list[dict[str, str]]:
@@ -46,12 +46,12 @@ def test_ops_run_on_the_current_stream(case, calls):
     with torch.cuda.stream(stream):
         op(*arguments)
     seen = launches(calls())
-    assert seen or case.startswith("experts_")
+    assert seen
     assert {address(launch["stream"]) for launch in seen} <= {stream.cuda_stream}
 
 
 @pytest.mark.emulator
-@pytest.mark.parametrize("case", [c for c in CASES if not c.startswith("experts_")])
+@pytest.mark.parametrize("case", CASES)
 def test_ops_run_on_the_device_of_their_tensors(case, calls):
     op, given, _ = CASES[case]
     if torch.cuda.device_count() < 2:
@@ -70,13 +70,10 @@ def test_ops_neither_wait_nor_allocate(case, calls):
     op, given, _ = CASES[case]
     op(*moved(given))  # loads the module
     arguments = moved(given)
-    count = emulated.runtime().halfbyte_emulated_calls
-    names = [b"cudaStreamSynchronize", b"cudaDeviceSynchronize", b"cudaEventSynchronize",
-             b"cudaMemcpy"]  # fmt: skip
-    before = [count(name) for name in names]
+    before = emulated.waits()
     calls()
     op(*arguments)
-    assert [count(name) for name in names] == before
+    assert emulated.waits() == before
     others = [line for line in calls() if not line.startswith(("cuLaunchKernel", "cuMemset"))]
     assert others == []
 

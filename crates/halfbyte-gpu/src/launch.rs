@@ -22,6 +22,9 @@ pub enum Arg<'a> {
 }
 
 impl Arg<'_> {
+    /// No memory.
+    pub(crate) const NULL: Self = Self::Pointer(0);
+
     /// Where the value lies, for drivers that copy arguments from addresses.
     pub(crate) fn address(&self) -> *const c_void {
         match self {
@@ -52,6 +55,20 @@ impl<T> From<DeviceSlice<T>> for Arg<'_> {
 impl From<Floats> for Arg<'_> {
     fn from(floats: Floats) -> Self {
         Self::Pointer(floats.pointer())
+    }
+}
+
+/// Null for none.
+impl<T> From<Option<DeviceSlice<T>>> for Arg<'_> {
+    fn from(slice: Option<DeviceSlice<T>>) -> Self {
+        slice.map_or(Self::NULL, Self::from)
+    }
+}
+
+/// Null for none.
+impl From<Option<Floats>> for Arg<'_> {
+    fn from(floats: Option<Floats>) -> Self {
+        floats.map_or(Self::NULL, Self::from)
     }
 }
 

@@ -23,7 +23,7 @@ pub use rows::{
 
 use super::weight::by_dtype;
 use crate::error::{check_dtype, check_len};
-use crate::{Arg, DeviceSlice, Floats, Result, Stream};
+use crate::{DeviceSlice, Floats, Result, Stream};
 use halfbyte::INT8_MAX_DEPTH;
 
 /// An 8-bit weight `[out_features, in_features]` on the device: int8 codes, row-major, and one
@@ -109,9 +109,4 @@ fn check_bias(bias: Option<Floats>, out_features: usize, out: Floats) -> Result<
 /// over the rest.
 pub(super) fn groups(stream: &Stream, work: usize) -> usize {
     work.min(stream.device().multiprocessors().max(1) as usize * 16)
-}
-
-/// What may be absent: its address, or null.
-pub(super) fn optional<'a>(buffer: Option<impl Into<Arg<'a>>>) -> Arg<'a> {
-    buffer.map_or(Arg::Pointer(0), Into::into)
 }

@@ -183,8 +183,7 @@ impl Product {
         out: Floats,
         mut workspace: DeviceSlice<u8>,
     ) -> Result<()> {
-        const NONE: Arg<'_> = Arg::Pointer(0);
-        let bias = bias.map_or(NONE, Arg::from);
+        let bias = Arg::from(bias);
         let sums = plan.sums(self);
         let partials = if sums == 0 {
             DeviceSlice::<f32>::empty()
@@ -215,7 +214,7 @@ impl Product {
                 table,
                 shift(weight.blocksize()).into(),
                 input.into(),
-                if sums == 0 { bias } else { NONE },
+                if sums == 0 { bias } else { Arg::NULL },
                 out.into(),
                 partials.into(),
                 self.rows.into(),
@@ -270,7 +269,7 @@ impl Product {
                 table,
                 shift(weight.blocksize()).into(),
                 input.into(),
-                bias.map_or(Arg::Pointer(0), Arg::from),
+                bias.into(),
                 out.into(),
                 self.rows.into(),
                 weight.out_features().into(),

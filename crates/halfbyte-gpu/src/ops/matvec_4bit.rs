@@ -2,7 +2,7 @@
 
 use super::weight::{Weight4, by_dtype, shift};
 use crate::error::{Error, Result, check_dtype, check_len};
-use crate::{Arg, Floats, Grid, Stream, sources};
+use crate::{Floats, Grid, Stream, sources};
 
 /// Most rows of activations that [`matvec_4bit`] takes.
 pub const MATVEC_4BIT_MAX_ROWS: usize = 8;
@@ -80,7 +80,7 @@ pub fn matvec_4bit(
             shift2,
             kind,
             table,
-            bias.map_or(Arg::Pointer(0), Into::into),
+            bias.into(),
             out.into(),
             features.into(),
             (columns as u32).into(),

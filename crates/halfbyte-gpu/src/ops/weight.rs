@@ -59,7 +59,7 @@ impl Scales {
 
     /// The arguments of `SCALE_PARAMETERS` in `kernels/weight_4bit.h`.
     pub(super) fn args(&self) -> [Arg<'static>; 6] {
-        const NONE: Arg<'_> = Arg::Pointer(0);
+        const NONE: Arg<'_> = Arg::NULL;
         match self {
             Self::Plain(absmax) => [(*absmax).into(), NONE, NONE, NONE, NONE, Arg::U32(0)],
             Self::Nested(nested) => [
@@ -95,8 +95,8 @@ impl Table4 {
     /// The arguments of `TABLE_PARAMETERS` in `kernels/weight_4bit.h`.
     pub(super) fn args(&self) -> [Arg<'static>; 2] {
         match self {
-            Self::Standard(Code4::Nf4) => [Arg::U32(0), Arg::Pointer(0)],
-            Self::Standard(Code4::Fp4) => [Arg::U32(1), Arg::Pointer(0)],
+            Self::Standard(Code4::Nf4) => [Arg::U32(0), Arg::NULL],
+            Self::Standard(Code4::Fp4) => [Arg::U32(1), Arg::NULL],
             Self::Device(table) => [Arg::U32(2), (*table).into()],
         }
     }

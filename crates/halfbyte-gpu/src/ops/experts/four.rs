@@ -191,13 +191,11 @@ impl Out {
     /// `out` and `sums` of the kernels.
     fn args(self) -> [Arg<'static>; 2] {
         match self {
-            Self::Rounded(out) => [out.into(), NONE],
-            Self::Sums(sums) => [NONE, sums.into()],
+            Self::Rounded(out) => [out.into(), Arg::NULL],
+            Self::Sums(sums) => [Arg::NULL, sums.into()],
         }
     }
 }
-
-const NONE: Arg<'_> = Arg::Pointer(0);
 
 /// A checked call of either product.
 struct Call<'a> {
@@ -273,7 +271,7 @@ impl Call<'_> {
                 routing.starts().into(),
                 (weight.experts as u32).into(),
                 (self.sharing as u32).into(),
-                self.bias.map_or(NONE, Arg::from),
+                self.bias.into(),
                 out.into(),
                 weight.out_features.into(),
                 (weight.in_features as u32).into(),
@@ -322,7 +320,7 @@ impl Call<'_> {
                 (tiles as u32).into(),
                 (self.sharing as u32).into(),
                 self.input.into(),
-                self.bias.map_or(NONE, Arg::from),
+                self.bias.into(),
                 out,
                 sums,
                 (weight.out_features as u32).into(),
@@ -361,7 +359,7 @@ impl Call<'_> {
                 (tiles as u32).into(),
                 (self.sharing as u32).into(),
                 self.input.into(),
-                self.bias.map_or(NONE, Arg::from),
+                self.bias.into(),
                 out,
                 sums,
                 weight.out_features.into(),

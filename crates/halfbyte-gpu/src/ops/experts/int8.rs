@@ -16,7 +16,7 @@ use crate::error::{Result, check_dtype, check_len};
 use crate::ops::int8::grad;
 use crate::ops::int8::product::{self, FEW, FEW_ROWS, TILE_SHARED, TILE_THREADS, stride};
 use crate::ops::int8::rows::{THREADS, clear, words};
-use crate::ops::int8::{check_depth, groups, optional};
+use crate::ops::int8::{check_depth, groups};
 use crate::ops::weight::by_dtype;
 use crate::{Arg, DeviceSlice, Floats, Grid, Runtime, Source, Stream, sources};
 use halfbyte::TokenRows;
@@ -138,7 +138,7 @@ pub fn experts_matmul_8bit(
             input.into(),
             a.into(),
             row_stats.into(),
-            optional(lists.as_ref().map(|lists| lists.flags)),
+            lists.as_ref().map(|lists| lists.flags).into(),
             expert_ids.into(),
             (sharing as u32).into(),
             (experts as u32).into(),
@@ -162,9 +162,9 @@ pub fn experts_matmul_8bit(
             row_stats.into(),
             weight.scales.into(),
             input.into(),
-            optional(lists.as_ref().map(|lists| lists.columns)),
-            optional(lists.as_ref().map(|lists| lists.counts)),
-            optional(bias),
+            lists.as_ref().map(|lists| lists.columns).into(),
+            lists.as_ref().map(|lists| lists.counts).into(),
+            bias.into(),
             out.into(),
             routing.order().into(),
             routing.starts().into(),
@@ -313,10 +313,10 @@ pub fn experts_matmul_8bit_grad_input(
     check_len("out", routing.count(token_rows).saturating_mul(k), out.len())?;
     check_dtype("out", grad_output.dtype(), out.dtype())?;
     if routing.sharing(token_rows) == 1 {
-        return launch_grad(stream, grad_output, routing, weight, [out.into(), NONE]);
+        return launch_grad(stream, grad_output, routing, weight, [out.into(), Arg::NULL]);
     }
     let products = workspace.carve::<f32>("workspace", routing.rows().saturating_mul(k))?;
-    launch_grad(stream, grad_output, routing, weight, [NONE, products.into()])?;
+    launch_grad(stream, grad_output, routing, weight, [Arg::NULL, products.into()])?;
     sum_slots(stream, products, expert_ids, routing, k, out)
 }
 
@@ -329,8 +329,6 @@ pub fn experts_matmul_8bit_grad_input_workspace(
 ) -> usize {
     super::experts_matmul_4bit_grad_input_workspace(routing, token_rows, in_features)
 }
-
-const NONE: Arg<'_> = Arg::Pointer(0);
 
 /// `out`: where rounded results go, and where those in float32; one of them is null.
 fn launch_grad(

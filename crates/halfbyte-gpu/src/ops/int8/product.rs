@@ -3,7 +3,6 @@
 use super::rows::{self, Shape};
 use super::{
     Outliers, Weight8, by_dtype, check_bias, check_depth, check_dtype, check_len, check_matrix,
-    optional,
 };
 use crate::{
     Arg, Device, DeviceSlice, Error, Floats, Grid, Result, Runtime, Source, Stream, sources,
@@ -96,10 +95,10 @@ impl Product {
                 self.weight.codes.into(),
                 self.row_stats.into(),
                 self.weight.scales.into(),
-                optional(self.input),
-                optional(self.outliers.map(|outliers| outliers.columns)),
-                optional(self.outliers.map(|outliers| outliers.count)),
-                optional(self.bias),
+                self.input.into(),
+                self.outliers.map(|outliers| outliers.columns).into(),
+                self.outliers.map(|outliers| outliers.count).into(),
+                self.bias.into(),
                 match target {
                     Target::Sums(out) => Arg::from(*out),
                     Target::Floats(out) => Arg::from(*out),

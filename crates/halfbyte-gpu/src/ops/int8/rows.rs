@@ -1,8 +1,8 @@
 //! The element by element half of `LLM.int8()`: rows to int8 codes, codes back to elements, int32
 //! sums to elements, and lists of outlier columns.
 
-use super::{Outliers, by_dtype, check_dtype, check_len, check_matrix, groups, optional};
-use crate::{DeviceSlice, Error, Floats, Grid, Result, Stream, sources};
+use super::{Outliers, by_dtype, check_dtype, check_len, check_matrix, groups};
+use crate::{Arg, DeviceSlice, Error, Floats, Grid, Result, Stream, sources};
 
 /// Threads of a group of every kernel in `int8_rows.cu` but the few-rows one.
 pub(in crate::ops) const THREADS: u32 = 256;
@@ -93,8 +93,8 @@ pub(super) fn quantize(
     mut workspace: DeviceSlice<u8>,
 ) -> Result<DeviceSlice<u32>> {
     let flags = workspace.carve::<u32>("workspace", words(shape.columns))?;
-    let columns = optional(outliers.map(|outliers| outliers.columns));
-    let count = optional(outliers.map(|outliers| outliers.count));
+    let columns = Arg::from(outliers.map(|outliers| outliers.columns));
+    let count = Arg::from(outliers.map(|outliers| outliers.count));
     let (rows, stride) = (shape.rows, shape.stride);
     let few = rows * shape.columns <= FEW_ELEMENTS && shape.columns <= FEW_COLUMNS;
     if few && (threshold > 0.0 || outliers.is_some()) {
@@ -272,7 +272,7 @@ pub fn int8_mm_dequant(
             acc.into(),
             row_stats.into(),
             col_stats.into(),
-            optional(bias),
+            bias.into(),
             out.into(),
             rows.into(),
             columns.into(),
