@@ -1,9 +1,10 @@
 """Names the rank that has died, in place of "Connection closed by peer" or a wait of 30 minutes.
 
-Each rank has a thread that keeps a line about its rank in the store of the default process group
-(over a connection of its own) and reads those of the others. A peer in the same process namespace
-is dead when its process is gone, which is certain and seen at once. A peer elsewhere counts as dead
-when its line has not changed for ``timeout`` seconds, or when somebody beside it has reported it.
+Each rank has a line about itself: in memory that the ranks on its host read (``_words.py``), and in
+the store of the default process group (over a connection of its own) for those elsewhere. A peer in
+the same process namespace is dead when its process is gone, which is certain and seen at once; its
+last line tells whether it had ended its work. A peer elsewhere counts as dead when its line has not
+changed for ``timeout`` seconds, or when somebody beside it has reported it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from types import TracebackType
 from typing import Any
 
 from ._peer import ENDED, FAILED, LOST, RUNNING, DeadRankError, Peer, birth, namespace
+from ._words import Words
 
 _PREFIX = "halfbyte/watch"
 _CONNECTION = ("gloo", "nccl", "connection", "peer", "timed out", "broken pipe", "process group")
@@ -40,7 +42,9 @@ class Watcher:
     def __init__(self, timeout: float, interval: float, grace: float | None) -> None:
         self._timeout, self._interval, self._grace = timeout, interval, grace
         self._rank = 0
-        self._line: dict[str, Any] = {"state": RUNNING, "step": None, "beat": 0}
+        self._line: dict[str, Any] = {"state": RUNNING, "step": None}
+        self._words: Words | None = None
+        self._telling = threading.Lock()
         self._peers: list[Peer] = []
         self._keeper: int | None = None
         self._store: Any = None
@@ -59,9 +63,7 @@ class Watcher:
 
     def step(self, number: int) -> None:
         """Say that this rank begins step ``number``. Costs microseconds; call it every step."""
-        self._line.pop("doing", None)  # of a save that raised
-        self._line["step"] = int(number)
-        self._io_wake.set()
+        self._tell(step=int(number), doing=None)  # not None after a save that raised
 
     # The main thread's side.
     def __enter__(self) -> Watcher:
@@ -84,11 +86,14 @@ class Watcher:
         self._interval *= max(1.0, world / 64)  # each rank reads all lines
         self._store = dist.PrefixStore(f"{_PREFIX}/{_count}", _get_default_store().clone())
         self._keeper = _keeper(self._store)
+        self._words = Words.create()
+        self._tell()
         facts = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "birth": birth(os.getpid()),
             "namespace": namespace(),
+            "words": None if self._words is None else self._words.fd,
         }
         self._store.set(f"line/{self._rank}", json.dumps(self._line))
         self._store.set(f"rank/{self._rank}", json.dumps(facts))
@@ -97,6 +102,8 @@ class Watcher:
             for other in range(world)
             if other != self._rank
         ]
+        if any(peer.rank == self._keeper and peer.words is not None for peer in self._peers):
+            self._tell(knows=True)
         self._wake, self._bell = socket.socketpair()
         self._wake.setblocking(False)
         self._bell.setblocking(False)
@@ -147,11 +154,23 @@ class Watcher:
         if verdict is not None:
             raise verdict from error
 
+    def _tell(self, **entries: Any) -> None:
+        """Change this rank's line: for its host at once, for others soon.
+
+        state: see :mod:`._peer`. step, doing: where it is. text: the exception of a rank that
+        failed. dead: the rank that it has seen to be gone, and the words for that. knows: it needs
+        the keeper's store no more to learn of the keeper's end.
+        """
+        with self._telling:
+            self._line.update(entries)
+            if self._words is not None:
+                self._words.say(json.dumps(self._line))
+        self._io_wake.set()
+
     def _change(self, **entries: Any) -> None:
         """Change this rank's line, and wait a moment until it is in the store."""
-        self._line.update(entries)
         self._published.clear()
-        self._io_wake.set()
+        self._tell(**entries)
         self._ring()
         if not self._store_lost:
             self._published.wait(2.0)
@@ -187,14 +206,15 @@ class Watcher:
 
     # The thread that talks to the store.
     def _talk(self) -> None:
-        due, written = 0.0, ""
+        due, beat, written = 0.0, 0, ""
         while True:
             self._io_wake.clear()
             stop = self._stop
             now = time.monotonic()
             if now >= due:
-                self._line["beat"] += 1
-            text = json.dumps(dict(self._line))
+                beat += 1
+            with self._telling:
+                text = json.dumps({**self._line, "beat": beat})
             try:
                 if text != written:
                     self._store.set(f"line/{self._rank}", text)
@@ -203,7 +223,8 @@ class Watcher:
                 if now >= due or self._urgent():
                     due = now + self._interval
                     for peer in self._peers:
-                        peer.read(self._store)
+                        if peer.words is None:
+                            peer.read(self._store)
                 self._answered = time.monotonic()
             except RuntimeError as error:
                 self._store_lost = (str(error) or type(error).__name__).splitlines()[0]
@@ -238,15 +259,16 @@ class Watcher:
             peer.look()
         if self._verdict is not None:
             return
+        ended = any(peer.rank == self._keeper and peer.state != RUNNING for peer in self._peers)
+        if ended and not self._line.get("knows"):
+            self._tell(knows=True)
         verdict = self._judge()
         if verdict is None:
             if self._urgent():
                 self._io_wake.set()
             return
-        self._line["knows"] = True
-        if any(peer.gone and peer.rank == verdict.rank for peer in self._peers):
-            self._line["dead"] = [verdict.rank, str(verdict)]
-        self._io_wake.set()
+        seen = any(peer.gone and peer.rank == verdict.rank for peer in self._peers)
+        self._tell(knows=True, dead=[verdict.rank, str(verdict)] if seen else None)
         if self._line["state"] in (RUNNING, LOST):
             self._say(str(verdict))
         with self._known:
@@ -275,7 +297,7 @@ class Watcher:
                 )
         by_rank = {peer.rank: peer for peer in self._peers}
         for peer in self._peers:
-            number, text = peer.line.get("dead", (None, ""))
+            number, text = peer.line.get("dead") or (None, "")
             if number in by_rank:
                 dead = by_rank[number]
                 return DeadRankError(text, dead.rank, dead.host, dead.pid, dead.step)
@@ -305,8 +327,7 @@ class Watcher:
 
     def _terminated(self) -> None:
         """SIGTERM: a launcher ends the ranks that are left. Say first who died."""
-        self._line["state"] = LOST
-        self._io_wake.set()
+        self._tell(state=LOST)
         deadline = time.monotonic() + 2.0
         while self._verdict is None and time.monotonic() < deadline:
             self._look()
@@ -343,17 +364,41 @@ def _on_sigterm(number: int, frame: Any) -> None:
         _current._ring(number)
 
 
+class _Held(threading.local):
+    """The signals that a thread had blocked when it began to fork."""
+
+    mask: set[Any] | None = None
+
+
+_held = _Held()
+
+
+def _before_fork() -> None:
+    """Hold back SIGTERM: until :func:`_forked` the child would report its own to this rank."""
+    if _current is not None and _current._handles_signal:
+        _held.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def _after_fork() -> None:
+    mask, _held.mask = _held.mask, None
+    if mask is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def _forked() -> None:
     """In a forked child: it is not a rank, and SIGTERM is to end it as usual."""
     global _current
     watcher, _current = _current, None
-    if watcher is not None and watcher._handles_signal:
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if watcher is not None:
+        watcher._words, watcher._telling = None, threading.Lock()
+        if watcher._handles_signal:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _after_fork()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forked)
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_forked)
 
 
 def _keeper(store: Any) -> int | None:
@@ -384,10 +429,9 @@ def doing(what: str) -> Iterator[None]:
     if watcher is None:
         yield
         return
-    watcher._line["doing"] = what
-    watcher._io_wake.set()
+    watcher._tell(doing=what)
     yield
-    watcher._line.pop("doing", None)
+    watcher._tell(doing=None)
 
 
 def watch(*, timeout: float = 60.0, interval: float = 1.0, grace: float | None = 30.0) -> Watcher:
@@ -404,8 +448,9 @@ def watch(*, timeout: float = 60.0, interval: float = 1.0, grace: float | None =
     When another rank has died or raised, this rank prints a line to stderr as soon as it is known,
     and the exception with which a collective fails here (gloo: "Connection closed by peer") becomes
     a :class:`DeadRankError` with the rank, its host, pid, step and, if it raised, its exception.
-    The step of a killed rank is the last that it was heard of in: it may have got further, by
-    50 ms, or by ``interval`` if it kept the job's store.
+    The step of a killed rank is the last that it was heard of in. For ranks on its host that is
+    the step it died in; elsewhere it may have got further, by 50 ms, or by ``interval`` if it kept
+    the job's store.
     SIGTERM, with which torchrun ends the other ranks, is answered after that line has been
     printed, unless the program has a handler of its own.
 

@@ -8,6 +8,8 @@ import socket
 import time
 from typing import Any
 
+from ._words import Words
+
 RUNNING, ENDED, FAILED, LOST = "running", "ended", "failed", "lost"
 """States of a rank. LOST: its collective has failed, which another rank is the cause of."""
 
@@ -19,9 +21,9 @@ class DeadRankError(RuntimeError):
         rank: its number in the default group.
         host: the name of its machine.
         pid: its process.
-        step: the last step that it was heard of in, or None. If it died, it may have got a little
-            further: its last words are up to 50 ms old, or as old as the watcher's ``interval`` if
-            it took the job's store with it.
+        step: the last step that it was heard of in, or None. On this host that is the step it was
+            in. Elsewhere it may have got a little further before it died: its last words are up to
+            50 ms old, or as old as the watcher's ``interval`` if it took the job's store with it.
     """
 
     def __init__(self, text: str, rank: int, host: str, pid: int, step: int | None) -> None:
@@ -75,6 +77,12 @@ class Peer:
         self.pid: int = facts["pid"]
         self.birth: str = facts["birth"]
         self.here = facts["namespace"] == namespace()
+        self.words: Words | None = None
+        """Where it says what it does, if this process can look into that one."""
+        if self.here and facts.get("words") is not None:
+            words = Words.of(self.pid, facts["words"])
+            if words is not None and birth(self.pid) == self.birth:
+                self.words = words
         self.line: dict[str, Any] = {}
         self.changed = time.monotonic()
         self.gone = False
@@ -82,14 +90,23 @@ class Peer:
         """Its line has been read after its process was seen to be gone."""
 
     def look(self) -> None:
-        """See whether its process is there."""
-        if self.here and not self.gone and birth(self.pid) != self.birth:
-            self.gone = True
+        """See whether its process is there, and what it says if that can be seen too."""
+        if self.last_word:
+            return
+        if self.here and not self.gone:
+            now = birth(self.pid)
+            self.gone = now is None or (now != self.birth and now != "")
+        if self.words is not None:
+            gone, text = self.gone, self.words.heard()
+            self._take(text or "{}", gone)
 
     def read(self, store: Any) -> None:
         """Take its line from the store. RuntimeError if that is lost."""
         gone = self.gone
-        line = json.loads(store.get(f"line/{self.rank}"))
+        self._take(store.get(f"line/{self.rank}"), gone)
+
+    def _take(self, text: str | bytes, gone: bool) -> None:
+        line = json.loads(text)
         if line != self.line:
             self.line, self.changed = line, time.monotonic()
         self.last_word = gone
@@ -104,6 +121,7 @@ class Peer:
 
     def where(self, *, sure: bool = False) -> str:
         """In which step it is, as far as is known. sure: it has said so itself, at its end."""
+        sure = sure or self.words is not None
         text = "before its first step"
         if self.step is not None:
             text = f"in step {self.step}"
