@@ -279,6 +279,7 @@ thread.start()
 model = load(sys.argv[1] + "/large")
 done = True
 thread.join()
+peak = max(peak, anonymous())  # the other thread may not have come to it
 print(peak - before, model.get_memory_footprint() / 2**20)
 """
 
