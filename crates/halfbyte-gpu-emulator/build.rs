@@ -29,10 +29,11 @@ fn main() {
     units.push(cpp.join("racy.cu"));
     let includes = [&cpp, &kernels];
     let mut objects = compiler(&includes).files(&machine).compile_intermediates();
-    // Every access to memory is told to races.cpp.
-    objects.extend(
-        compiler(&includes).flag("-fsanitize=thread").files(&units).compile_intermediates(),
-    );
+    // Every access to memory is told to races.cpp. One at an address that is no multiple of what it
+    // reads or writes, which a GPU refuses, ends the process by SIGILL.
+    let mut kernels = compiler(&includes);
+    kernels.flag("-fsanitize=thread,alignment").flag("-fsanitize-undefined-trap-on-error");
+    objects.extend(kernels.files(&units).compile_intermediates());
     link(&objects, &["-Wl,--wrap=memcpy,--wrap=memset"], &out, "libcuda_emulated.so");
 
     let mut runtime = files(&cpp, "cpp");

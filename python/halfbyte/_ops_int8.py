@@ -6,12 +6,14 @@ are upstream's; the others are ours:
 
 ``int8_vectorwise_dequant.dtype``
     To another dtype than float32, rounded once.
-``int8_linear[.outliers]``
+``int8_linear[.outliers|.listed]``
     A whole layer: quantizes ``A`` ``[..., in_features]`` by rows, multiplies by ``CB``
     ``[out_features, in_features]`` under ``SCB``, adds outlier columns and bias. ``.outliers``
     also returns these columns, int64 and ascending, of which the number depends on the data.
     On a GPU that, and the columns of ``int8_vectorwise_quant`` and ``int8_double_quant`` with a
-    threshold, must wait for the device; ``int8_linear`` does not.
+    threshold, must wait for the device; ``int8_linear`` does not. Nor does ``.listed``, which
+    returns them as int32 ``[in_features]``, of which the first ones count, and int32 ``[1]``, how
+    many these are.
 ``int8_linear_grad_input``
     ``grad_output`` · the dequantized weight.
 
@@ -61,6 +63,8 @@ SCHEMAS = {
     "int8_linear": "(Tensor A, Tensor CB, Tensor SCB, Tensor? bias, float threshold) -> Tensor",
     "int8_linear.outliers": "(Tensor A, Tensor CB, Tensor SCB, Tensor? bias, float threshold)"
     " -> (Tensor, Tensor)",
+    "int8_linear.listed": "(Tensor A, Tensor CB, Tensor SCB, Tensor? bias, float threshold)"
+    " -> (Tensor, Tensor, Tensor)",
     "int8_linear_grad_input": "(Tensor grad_output, Tensor CB, Tensor SCB) -> Tensor",
 }
 
@@ -211,6 +215,13 @@ def _int8_linear_outliers(
     return _int8_linear(A, CB, SCB, bias, threshold), _columns(A)
 
 
+def _int8_linear_listed(
+    A: Tensor, CB: Tensor, SCB: Tensor, bias: Tensor | None, threshold: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    out = _int8_linear(A, CB, SCB, bias, threshold)
+    return out, A.new_empty(A.shape[-1:], dtype=torch.int32), A.new_empty(1, dtype=torch.int32)
+
+
 def _int8_linear_grad_input(grad_output: Tensor, CB: Tensor, SCB: Tensor) -> Tensor:
     same_device(grad_output, CB, SCB)
     check_dtype("CB", CB, torch.int8)
@@ -230,6 +241,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "int8_mixed_scaled_mm": _int8_mixed_scaled_mm,
     "int8_linear": _int8_linear,
     "int8_linear.outliers": _int8_linear_outliers,
+    "int8_linear.listed": _int8_linear_listed,
     "int8_linear_grad_input": _int8_linear_grad_input,
 }
 
@@ -312,5 +324,6 @@ GRADIENTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "int8_mixed_scaled_mm": (_backward_mixed, _setup_mixed),
     "int8_linear": (_backward_linear, _setup_linear),
     "int8_linear.outliers": (_backward_linear, _setup_linear),
+    "int8_linear.listed": (_backward_linear, _setup_linear),
     "int8_linear_grad_input": (_backward_grad_input, _setup_grad_input),
 }

@@ -79,11 +79,6 @@ NOT_ON_DEVICE = {
         "test_int8_ops.py::0 to 95, got -1",
         "test_int8_ops.py::outlier_cols must hold columns of A",
     ),
-    "only the device knows its outlier columns": (
-        "test_linear8bit.py::test_matmul_threshold_replaces_the_states",
-        "test_linear8bit.py::test_outlier_columns_are_reported",
-        "test_outliers.py::test_the_analysis_and_the_layer_agree[6.0]",
-    ),
     "of a map on the CPU": (
         "test_functional_8bit.py::test_default_code_is_the_signed_dynamic_map",
     ),

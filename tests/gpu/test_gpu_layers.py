@@ -7,6 +7,7 @@ import io
 import pickle
 from typing import Any
 
+import emulated
 import pytest
 import torch
 from comparison import assert_alike, same
@@ -201,3 +202,37 @@ def test_the_weight_is_quantized_where_it_goes():
     assert layer.weight.numel() == 96 * 64 // 2
     nested = (state.offset, state.state2.absmax, state.state2.code)
     assert all(t.is_cuda for t in (layer.weight, state.absmax, state.code, *nested))
+
+
+@pytest.mark.emulator
+def test_outlier_columns_wait_only_for_who_reads_them():
+    layer, x = linear_8bit("cuda", threshold=6.0), torch.zeros(3, 96, device="cuda")
+    x[1, 40] = x[2, 7] = 8.0
+    before = emulated.waits()
+    layer(x)
+    assert emulated.waits() == before
+    assert layer.state.idx.tolist() == [7, 40]
+    assert (layer.state.idx.dtype, layer.state.idx.device) == (torch.int64, x.device)
+    copied = copy.deepcopy(layer)
+    layer(x.zero_())
+    assert layer.state.idx.tolist() == []
+    assert copied.state.idx.tolist() == [7, 40]
+    assert layer.cpu().state.idx is not None
+
+
+@pytest.mark.parametrize("kind", FROZEN)
+def test_data_parallel(kind, monkeypatch):
+    """Replicas on two devices run at once, in threads, with the state of one layer."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two devices")
+    if emulated.is_emulated():  # NCCL, which copies the parameters, wants more of a device
+
+        def broadcast(tensors: Any, devices: Any, *_: Any) -> list[list[torch.Tensor]]:
+            return [[tensor.to(torch.device("cuda", d)) for tensor in tensors] for d in devices]
+
+        monkeypatch.setattr(torch.nn.parallel.comm, "broadcast_coalesced", broadcast)
+    layer, x = LAYERS[kind]("cuda"), torch.randn(8, 96).cuda()
+    want = torch.cat([layer(half) for half in x.chunk(2)])
+    parallel = nn.DataParallel(layer, [0, 1])
+    for _ in range(10):
+        assert torch.equal(parallel(x), want)

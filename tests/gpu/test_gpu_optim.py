@@ -171,6 +171,24 @@ def test_a_gpu_without_managed_memory_pages_nothing(monkeypatch):
 
 
 @pytest.mark.emulator
+@pytest.mark.parametrize("code", [1, 101, 801])
+def test_a_refused_prefetch_is_no_error(cuda_python, code):
+    """Virtual GPUs and sandboxes move pages only when they are touched."""
+    run = """
+from halfbyte import functional as F, optim
+p = torch.nn.Parameter(torch.ones(100_001, device="cuda"))
+p.grad = torch.ones_like(p)
+optimizer = optim.PagedAdamW8bit([p], lr=0.1)
+optimizer.step()
+optimizer.step()
+assert optimizer.state[p]["state1"].is_paged
+F.prefetch_tensor(optimizer.state[p]["state1"], to_cpu=True)
+print(bool((p < 1).all()))
+"""
+    assert cuda_python(run, HALFBYTE_EMULATOR_FAIL=f"cuMemPrefetchAsync={code}") == "True\n"
+
+
+@pytest.mark.emulator
 def test_nothing_is_prefetched_in_a_graph(cuda_python, tmp_path):
     """A graph cannot hold the driver's prefetch, which would end the capture."""
     log = tmp_path / "driver.log"

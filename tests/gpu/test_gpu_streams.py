@@ -68,6 +68,7 @@ def test_ops_run_on_the_device_of_their_tensors(case, calls):
 def test_ops_neither_wait_nor_allocate(case, calls):
     """Outputs and scratch are PyTorch's tensors; the host is never waited for."""
     op, given, _ = CASES[case]
+    op = getattr(op, "of", op)  # without what the case does to the results
     op(*moved(given))  # loads the module
     arguments = moved(given)
     before = emulated.waits()
@@ -114,6 +115,7 @@ GRAPHS = {
     "matmul of one row": "halfbyte.matmul_4bit(x[:1], packed, state)",
     "int8": "torch.ops.halfbyte.int8_linear(x, codes, scales, bias, 0.0)",
     "int8 with outliers": "torch.ops.halfbyte.int8_linear(x, codes, scales, bias, 1.5)",
+    "int8 with a list": "torch.ops.halfbyte.int8_linear.listed(x, codes, scales, bias, 1.5)[2]",
 }
 
 
@@ -297,6 +299,34 @@ except Exception as error:
     total, refusal = cuda_python(code, HALFBYTE_BACKEND="cpu").split("\n", 1)
     assert total == "64.0"
     assert "HALFBYTE_BACKEND" in refusal
+
+
+@pytest.mark.emulator
+def test_asking_for_a_device_makes_no_context(cuda_python, tmp_path):
+    """It would take hundreds of megabytes of the first device in every rank that asks."""
+    log = tmp_path / "driver.log"
+    log.touch()
+    code = f"""
+from halfbyte import functional as F
+from halfbyte._load import native
+print(F.lib.compiled_with_cuda, native.gpu_error("cuda", 0))
+print("Retain" in open({str(log)!r}).read())
+F.quantize_4bit(torch.ones(64, device="cuda"))
+print("Retain" in open({str(log)!r}).read())
+"""
+    assert cuda_python(code, HALFBYTE_EMULATOR_LOG=str(log)) == "True None\nFalse\nTrue\n"
+
+
+def test_out_of_memory_is_pytorchs_exception(cuda_worker):
+    code = """
+from halfbyte import functional as F
+a = torch.zeros(1 << 23, 1, dtype=torch.int8, device="cuda")
+try:
+    F.int8_linear_matmul(a, a)  # 256 TiB
+except torch.OutOfMemoryError as error:
+    print("CUDA out of memory." in str(error), F.int8_linear_matmul(a[:2], a[:3]).shape)
+"""
+    assert cuda_worker(code) == "True torch.Size([2, 3])\n"
 
 
 def test_the_command_explains_the_device(cuda_python):

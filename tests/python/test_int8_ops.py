@@ -73,6 +73,7 @@ def cases(grad: bool = False) -> dict[str, tuple]:
         "int8_mixed_scaled_mm": (a, CA, CB, SCA, SCB, COLS, bias),
         "int8_linear": (a, CB, SCB, bias, 6.0),
         "int8_linear.outliers": (a, CB, SCB, bias, 6.0),
+        "int8_linear.listed": (a, CB, SCB, bias, 6.0),
         "int8_linear_grad_input": (g, CB, SCB),
     }
 
@@ -353,6 +354,11 @@ def test_linear_is_its_parts(lead, dtype, threshold):
     assert torch.equal(got, want)
     assert found.dtype == torch.int64
     assert found.tolist() == ([] if cols is None else cols.tolist())
+    got, listed, count = ops.int8_linear.listed(a, CB, SCB, bias, threshold)
+    assert torch.equal(got, want)
+    assert (listed.dtype, listed.shape) == (torch.int32, (96,))
+    assert (count.dtype, count.tolist()) == (torch.int32, [found.numel()])
+    assert listed[: found.numel()].tolist() == found.tolist()
 
 
 @pytest.mark.parametrize("dtype", ref.FLOATS, ids=str)
@@ -371,7 +377,7 @@ def test_grad_input(lead, dtype):
 # ---- gradients -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["int8_linear", "int8_linear.outliers"])
+@pytest.mark.parametrize("name", ["int8_linear", "int8_linear.outliers", "int8_linear.listed"])
 @pytest.mark.parametrize("bias_dtype", [None, *ref.FLOATS], ids=str)
 @pytest.mark.parametrize("lead", [(), (5,), (2, 3), (0,)], ids=str)
 def test_gradients_of_input_and_bias(name, lead, bias_dtype):
@@ -379,9 +385,9 @@ def test_gradients_of_input_and_bias(name, lead, bias_dtype):
     bias = None if bias_dtype is None else BIAS.clone().to(bias_dtype).requires_grad_()
     g = ref.samples((*lead, 64), torch.bfloat16, 9)
     y = find(name)(a, CB, SCB, bias, 6.0)
-    if name == "int8_linear.outliers":
-        y, columns = y
-        assert not columns.requires_grad
+    if name != "int8_linear":
+        y, *columns = y
+        assert not any(tensor.requires_grad for tensor in columns)
     y.backward(g)
     assert torch.equal(a.grad, ops.int8_linear_grad_input(g, CB, SCB))
     if bias is not None:

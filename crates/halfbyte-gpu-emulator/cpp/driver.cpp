@@ -5,6 +5,7 @@
 //   HALFBYTE_EMULATOR_DEVICES=80,90      compute capabilities of the devices; 80 unless given
 //   HALFBYTE_EMULATOR_CAPABILITY=90      the same for one device
 //   HALFBYTE_EMULATOR_DRIVER=13000       what cuDriverGetVersion says
+//   HALFBYTE_EMULATOR_NVRTC=13000        what nvrtcVersion says, in the same form
 //   HALFBYTE_EMULATOR_FAIL=cuInit=100,cuLaunchKernel=700   calls that fail, and with what
 //   HALFBYTE_EMULATOR_LOG=<file>         a line for each call that a test may want to count
 #include "emulator.h"
@@ -308,6 +309,7 @@ API Result cuDeviceGetAttribute(int* value, int attribute, int device) {
 }
 API Result cuDevicePrimaryCtxRetain(void** context, int device) {
     ENTER("cuDevicePrimaryCtxRetain");
+    log("cuDevicePrimaryCtxRetain device=%d", device);
     Context* c = primary(device);
     return c ? (*context = c, SUCCESS) : INVALID_DEVICE;
 }
@@ -520,7 +522,10 @@ struct Program {
 };
 } // namespace
 
-API Result nvrtcVersion(int* major, int* minor) { return *major = 13, *minor = 0, SUCCESS; }
+API Result nvrtcVersion(int* major, int* minor) {
+    int version = atoi(text("HALFBYTE_EMULATOR_NVRTC", "13000"));
+    return *major = version / 1000, *minor = version % 1000 / 10, SUCCESS;
+}
 API const char* nvrtcGetErrorString(Result code) {
     return code == 0 ? "NVRTC_SUCCESS" : code == 6 ? "NVRTC_ERROR_COMPILATION" : "NVRTC_ERROR_INTERNAL_ERROR";
 }

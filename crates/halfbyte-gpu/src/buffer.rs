@@ -186,12 +186,10 @@ impl ManagedBuffer {
         let pointer = if bytes == 0 { 0 } else { device.driver().allocate_managed(bytes)? };
         let buffer = Self { device, pointer, bytes };
         if bytes > 0 {
-            // Written by the host, so that the pages start out there: a state larger than the
-            // device's memory would not fit otherwise.
-            // SAFETY: the host may write managed memory that no launch uses yet.
-            unsafe {
-                std::ptr::with_exposed_provenance_mut::<u8>(pointer as usize).write_bytes(0, bytes);
-            };
+            // By the device: the host would make each page in its own memory, which then moves over.
+            // Of a state larger than the device's memory the first pages leave it again.
+            // SAFETY: nobody else has the memory yet.
+            unsafe { device.driver().zero(pointer, bytes)? };
         }
         Ok(buffer)
     }

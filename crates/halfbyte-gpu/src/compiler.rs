@@ -4,6 +4,7 @@ use crate::cache;
 use crate::error::{Error, Result};
 use crate::library::{Library, dynlib};
 use crate::module::Source;
+use crate::native::IMAGE_ERRORS;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::path::Path;
 use std::ptr;
@@ -16,7 +17,7 @@ pub(crate) const NVRTC: usize = 0;
 pub(crate) const HIPRTC: usize = 1;
 
 dynlib! {
-    struct Calls: "NVRTC 12.0 or newer, or hiprtc of ROCm 5.6 or newer" {
+    struct Calls: "NVRTC 12.1 or newer, or hiprtc of ROCm 5.6 or newer" {
         version(*mut c_int, *mut c_int) -> c_int = ["nvrtcVersion", "hiprtcVersion"];
         error_string(c_int) -> *const c_char = ["nvrtcGetErrorString", "hiprtcGetErrorString"];
         create(
@@ -42,7 +43,10 @@ pub(crate) struct Compiler {
     library: Library,
     /// `NVRTC 13.2`
     name: String,
-    major: c_int,
+    /// What its code is kept under: hiprtc gives all its versions one number, and NVRTC those that
+    /// differ in the third part.
+    identity: String,
+    version: (c_int, c_int),
 }
 
 impl Compiler {
@@ -53,7 +57,10 @@ impl Compiler {
         let (mut major, mut minor) = (0, 0);
         // SAFETY: both numbers are written during the call. Without an answer they stay zero.
         unsafe { (calls.version)(&raw mut major, &raw mut minor) };
-        Ok(Self { calls, library, name: format!("{name} {major}.{minor}"), major })
+        let name = format!("{name} {major}.{minor}");
+        let bytes = std::fs::metadata(library.path()).map_or(0, |file| file.len());
+        let identity = format!("{name}, {bytes} bytes");
+        Ok(Self { calls, library, name, identity, version: (major, minor) })
     }
 
     /// `NVRTC 13.2`.
@@ -61,9 +68,9 @@ impl Compiler {
         &self.name
     }
 
-    /// The major version.
-    pub(crate) fn major(&self) -> c_int {
-        self.major
+    /// The major and the minor version.
+    pub(crate) fn version(&self) -> (c_int, c_int) {
+        self.version
     }
 
     /// The file.
@@ -91,7 +98,7 @@ impl Compiler {
     }
 
     /// Machine code of `source`: from the disk cache, or compiled and kept there. `accept` loads
-    /// it; code from the cache that it refuses is compiled again.
+    /// it; code from the cache is compiled again when it is the code that is refused.
     pub(crate) fn build<T>(
         &self,
         source: &Source,
@@ -100,14 +107,14 @@ impl Compiler {
         accept: impl Fn(&[u8]) -> Result<T>,
     ) -> Result<T> {
         let text = source.text()?;
-        let mut parts = vec![&*text, self.name.as_str()];
+        let mut parts = vec![&*text, self.identity.as_str()];
         parts.extend(options.iter().map(String::as_str));
         let entry = cache::Entry::new(source.name, architecture, &parts);
         if let Some(code) = entry.load() {
-            if let Ok(loaded) = accept(&code) {
-                return Ok(loaded);
+            match accept(&code) {
+                Err(Error::Call { code, .. }) if IMAGE_ERRORS.contains(&code) => entry.remove(),
+                loaded => return loaded,
             }
-            entry.remove();
         }
         let code = self.compile(source.name, &text, architecture, options)?;
         let loaded = accept(&code)?;

@@ -39,10 +39,10 @@ mod stream;
 
 pub use buffer::{DeviceBuffer, ManagedBuffer, Plain};
 pub use chain::{Backend, BackendReport, DeviceReport, choose, report, selected};
-pub use cuda::{cuda_device, cuda_device_of};
+pub use cuda::{cuda_device, cuda_device_of, cuda_refusal};
 pub use device::{Device, Runtime};
 pub use error::{Error, Result};
-pub use hip::rocm_device;
+pub use hip::{rocm_device, rocm_refusal};
 pub use launch::{Arg, Grid};
 pub use level_zero::xpu_device;
 pub use library::add_library_folder;

@@ -89,6 +89,15 @@ pub(crate) trait Platform: Send + Sync {
     }
 }
 
+/// What loading answers to machine code that it does not take: `CUDA_ERROR_INVALID_IMAGE`,
+/// `NO_BINARY_FOR_GPU`, `INVALID_PTX`, `UNSUPPORTED_PTX_VERSION`, `INVALID_SOURCE`, `NOT_SUPPORTED`.
+/// HIP has the same numbers.
+pub(crate) const IMAGE_ERRORS: [c_int; 6] = [200, 209, 218, 222, 300, 801];
+
+/// What a prefetch answers where pages move only when they are touched, as on virtual GPUs and in
+/// sandboxes: an invalid value, an invalid device, not supported. The same numbers in CUDA and HIP.
+const REFUSED_HINTS: [c_int; 3] = [1, 101, 801];
+
 /// A [`Platform`] as a [`Driver`].
 pub(crate) struct Native<P>(pub(crate) P);
 
@@ -134,8 +143,8 @@ impl<P: Platform> Drop for Current<'_, P> {
     }
 }
 
-/// This thread may load modules and allocate while this lives, even when one of its streams is
-/// being captured into a graph.
+/// This thread may load modules, allocate and free while this lives, even when a stream is being
+/// captured into a graph. Without it the call would fail, and the capture with it.
 struct Relaxed {
     calls: &'static Calls,
     /// The thread's mode before; none where it was not changed.
@@ -269,6 +278,7 @@ impl<P: Platform> Driver for Native<P> {
 
     fn allocate(&self, bytes: usize) -> Result<u64> {
         let _current = Current::enter(&self.0)?;
+        let _relaxed = Relaxed::enter(self.0.calls());
         let mut pointer = 0;
         // SAFETY: the address is written during the call.
         let code = unsafe { (self.0.calls().allocate)(&raw mut pointer, bytes) };
@@ -284,6 +294,7 @@ impl<P: Platform> Driver for Native<P> {
             });
         }
         let _current = Current::enter(&self.0)?;
+        let _relaxed = Relaxed::enter(self.0.calls());
         let mut pointer = 0;
         // SAFETY: the address is written during the call.
         let code =
@@ -296,6 +307,7 @@ impl<P: Platform> Driver for Native<P> {
 
     unsafe fn free(&self, pointer: u64) {
         if let Ok(_current) = Current::enter(&self.0) {
+            let _relaxed = Relaxed::enter(self.0.calls());
             // SAFETY: the caller's pointer came from `allocate` or `allocate_managed`. An error
             // can only be that of an earlier launch, which the next call reports.
             unsafe { (self.0.calls().free)(pointer) };
@@ -304,6 +316,7 @@ impl<P: Platform> Driver for Native<P> {
 
     unsafe fn zero(&self, pointer: u64, bytes: usize) -> Result<()> {
         let current = Current::enter(&self.0)?;
+        let _relaxed = Relaxed::enter(self.0.calls());
         // SAFETY: the caller owns the bytes.
         let code = unsafe { (self.0.calls().fill)(pointer, 0, bytes, ptr::null_mut()) };
         self.check(code, || self.named("cuMemsetD8Async", "hipMemsetD8Async"))?;
@@ -344,13 +357,16 @@ impl<P: Platform> Driver for Native<P> {
     ) -> Result<()> {
         let Some(prefetch) = self.0.calls().prefetch else { return Ok(()) };
         // SAFETY: by the caller's contract.
-        if unsafe { self.is_capturing(stream)? } {
+        if unsafe { self.is_capturing(stream) }.unwrap_or(true) {
             return Ok(()); // a graph cannot hold it, and a refusal would end the capture
         }
         let _current = Current::enter(&self.0)?;
         let place = if to_device { self.0.ordinal() } else { HOST };
         // SAFETY: the range is managed memory by the caller's contract.
         let code = unsafe { prefetch(pointer, bytes, place, stream) };
+        if REFUSED_HINTS.contains(&code) {
+            return Ok(());
+        }
         self.check(code, || self.named("cuMemPrefetchAsync", "hipMemPrefetchAsync"))
     }
 }

@@ -20,6 +20,8 @@ pub(crate) enum Error {
     Type(String),
     /// Something that is not the caller's argument's fault: `RuntimeError`.
     Torch(String),
+    /// The device has no memory left: `torch.OutOfMemoryError`.
+    Memory(String),
     /// The core crate refused.
     Core(halfbyte::Error),
     /// A launcher refused, or a driver.
@@ -54,9 +56,10 @@ impl From<halfbyte_gpu::Error> for Error {
 impl std::fmt::Display for Error {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Value(message) | Self::Type(message) | Self::Torch(message) => {
-                f.write_str(message)
-            }
+            Self::Value(message)
+            | Self::Type(message)
+            | Self::Torch(message)
+            | Self::Memory(message) => f.write_str(message),
             Self::Core(error) => error.fmt(f),
             Self::Gpu(error) => error.fmt(f),
             Self::Panic(message) => write!(f, "internal error, please report it: {message}"),
@@ -69,6 +72,7 @@ impl std::fmt::Display for Error {
 pub(crate) enum Kind {
     Value,
     Type,
+    Memory,
     Runtime,
 }
 
@@ -80,10 +84,14 @@ impl Error {
             Self::Type(_) | Self::Gpu(Gpu::DType { .. }) => Kind::Type,
             Self::Core(error) => of_core(error),
             Self::Gpu(Gpu::Core(error)) => of_core(error),
+            Self::Memory(_) | Self::Gpu(Gpu::Call { code: OUT_OF_MEMORY, .. }) => Kind::Memory,
             Self::Torch(_) | Self::Panic(_) | Self::Gpu(_) => Kind::Runtime,
         }
     }
 }
+
+/// `CUDA_ERROR_OUT_OF_MEMORY`, `hipErrorOutOfMemory`.
+const OUT_OF_MEMORY: i32 = 2;
 
 fn of_core(error: &halfbyte::Error) -> Kind {
     use halfbyte::Error as Core;
@@ -120,6 +128,17 @@ pub(crate) fn message() -> *const std::ffi::c_char {
     })
 }
 
+/// What PyTorch raises when a device has no memory left: training loops catch that type.
+fn out_of_memory(message: String) -> PyErr {
+    Python::attach(|py| {
+        let raised = py
+            .import("torch")
+            .and_then(|torch| torch.getattr("OutOfMemoryError"))
+            .and_then(|kind| kind.call1((&message,)));
+        raised.map_or_else(|_| PyRuntimeError::new_err(message), PyErr::from_value)
+    })
+}
+
 /// The kept failure of this thread as an exception, once.
 pub(crate) fn take() -> Option<PyErr> {
     let failure = LAST.with(|last| last.borrow_mut().take())?;
@@ -127,6 +146,7 @@ pub(crate) fn take() -> Option<PyErr> {
     Some(match failure.kind {
         Kind::Value => PyValueError::new_err(message),
         Kind::Type => PyTypeError::new_err(message),
+        Kind::Memory => out_of_memory(message),
         Kind::Runtime => PyRuntimeError::new_err(message),
     })
 }

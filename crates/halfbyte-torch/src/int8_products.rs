@@ -3,6 +3,7 @@
 // Kernels own their arguments, whether or not they use them up.
 #![allow(clippy::needless_pass_by_value)]
 
+use crate::device::Device;
 use crate::dtype::{Scalar, ScalarType, with_float};
 use crate::error::{Error, Result};
 use crate::gpu::Queue;
@@ -37,6 +38,9 @@ ops! {
     Int8LinearOutliers = c"int8_linear.outliers" => int8_linear_outliers(
         a: Tensor, weight: Tensor, scales: Tensor, bias: Option<Tensor>, threshold: f64)
         -> [Tensor; 2];
+    Int8LinearListed = c"int8_linear.listed" => int8_linear_listed(
+        a: Tensor, weight: Tensor, scales: Tensor, bias: Option<Tensor>, threshold: f64)
+        -> [Tensor; 3];
     Int8LinearGradInput = c"int8_linear_grad_input" => int8_linear_grad_input(
         grad_output: Tensor, weight: Tensor, scales: Tensor) -> Tensor;
 }
@@ -311,6 +315,39 @@ fn gather<T: Element>(a: &[T], row: usize, columns: &[usize], out: &mut [T]) {
     }
 }
 
+/// The outlier columns of a layer's input.
+enum Columns {
+    Host(Vec<usize>),
+    Device(Queue, Found),
+}
+
+impl Columns {
+    /// int64, as many as there are. On a GPU this waits.
+    fn counted(self) -> Result<Option<Tensor>> {
+        match self {
+            Self::Host(columns) => column_tensor(&columns).map(Some),
+            Self::Device(queue, found) => found.columns(&queue),
+        }
+    }
+
+    /// int32 `[in_features]`, of which the first ones count, and int32 `[1]`, how many.
+    fn listed(self, in_features: usize) -> Result<Option<[Tensor; 2]>> {
+        let found = match self {
+            Self::Device(_, found) => return Ok(found.list()),
+            Self::Host(columns) => columns,
+        };
+        let dtype = i32::scalar_type();
+        let columns = Tensor::empty(&[numbers(in_features)], dtype, Device::cpu())?;
+        let count = Tensor::empty(&[1], dtype, Device::cpu())?;
+        let mut slots = columns.write("outlier_cols")?;
+        let slots = slots.slice_mut()?;
+        slots.fill(0);
+        slots.iter_mut().zip(&found).for_each(|(slot, &column)| *slot = column as i32);
+        count.write("outlier count")?.slice_mut()?.fill(found.len() as i32);
+        Ok(Some([columns, count]))
+    }
+}
+
 /// A whole layer, and its outlier columns if they are asked for.
 fn linear(
     a: &Tensor,
@@ -319,7 +356,7 @@ fn linear(
     bias: Option<&Tensor>,
     threshold: f64,
     listed: bool,
-) -> Result<(Tensor, Option<Tensor>)> {
+) -> Result<(Tensor, Option<Columns>)> {
     let weight = Readable::new(weight, scales, LINEAR)?;
     let (n, k) = (weight.out_features, weight.in_features);
     product_shape(a, "A", (k, n), |shape, rows| {
@@ -344,7 +381,7 @@ fn linear(
                 found.outliers(&queue)?,
                 scratch.slice(),
             )?;
-            return Ok((out, found.columns(&queue)?));
+            return Ok((out, listed.then_some(Columns::Device(queue, found))));
         }
         let weight = weight.weight()?;
         use_torch_threads();
@@ -354,7 +391,7 @@ fn linear(
             let mut out = out.write("out")?;
             Ok(halfbyte::int8_linear(x, rows, &weight, threshold, bias, out.slice_mut()?)?)
         })?;
-        Ok((out, listed.then(|| column_tensor(&outliers)).transpose()?))
+        Ok((out, listed.then_some(Columns::Host(outliers))))
     })
 }
 
@@ -375,9 +412,27 @@ fn int8_linear_outliers(
     bias: Option<Tensor>,
     threshold: f64,
 ) -> Result<[Tensor; 2]> {
-    let (out, outliers) = linear(&a, &weight, &scales, bias.as_ref(), threshold, true)?;
-    let outliers = outliers.ok_or_else(|| Error::Torch("the columns were not returned".into()))?;
-    Ok([out, outliers])
+    let (out, columns) = linear(&a, &weight, &scales, bias.as_ref(), threshold, true)?;
+    let columns = columns.map(Columns::counted).transpose()?.flatten().ok_or_else(not_listed)?;
+    Ok([out, columns])
+}
+
+fn int8_linear_listed(
+    a: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    bias: Option<Tensor>,
+    threshold: f64,
+) -> Result<[Tensor; 3]> {
+    let in_features = a.sizes()?.last().map_or(0, |&size| size as usize);
+    let (out, columns) = linear(&a, &weight, &scales, bias.as_ref(), threshold, true)?;
+    let columns = columns.map(|columns| columns.listed(in_features)).transpose()?.flatten();
+    let [columns, count] = columns.ok_or_else(not_listed)?;
+    Ok([out, columns, count])
+}
+
+fn not_listed() -> Error {
+    Error::Torch("the outlier columns were not listed".into())
 }
 
 fn int8_linear_grad_input(grad_output: Tensor, weight: Tensor, scales: Tensor) -> Result<Tensor> {

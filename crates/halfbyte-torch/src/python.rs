@@ -224,16 +224,16 @@ pub(crate) fn prefetch_managed(
 /// Opens the driver.
 #[pyfunction]
 pub(crate) fn gpu_error(runtime: &str, index: usize) -> PyResult<Option<String>> {
-    let device = match runtime {
-        "cuda" => halfbyte_gpu::cuda_device(index),
-        "rocm" => halfbyte_gpu::rocm_device(index),
-        "xpu" => halfbyte_gpu::xpu_device(index),
+    let refusal = match runtime {
+        "cuda" => halfbyte_gpu::cuda_refusal(index),
+        "rocm" => halfbyte_gpu::rocm_refusal(index),
+        "xpu" => halfbyte_gpu::xpu_device(index).err(),
         _ => {
             let message = format!("runtime must be cuda, rocm or xpu, got {runtime}");
             return Err(PyValueError::new_err(message));
         }
     };
-    Ok(device.err().map(|error| error.to_string()))
+    Ok(refusal.map(|error| error.to_string()))
 }
 
 /// What was looked for, found and refused, in the order in which back ends are considered: name,

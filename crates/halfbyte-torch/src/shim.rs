@@ -204,6 +204,9 @@ pub(crate) fn check(status: Status) -> crate::error::Result<()> {
     if status == 0 { Ok(()) } else { Err(last_error()) }
 }
 
+/// All there is to say of a failed call before PyTorch 2.13; its own words are on stderr.
+pub(crate) const NO_WORDS: &str = "PyTorch reported an error";
+
 #[cold]
 fn last_error() -> crate::error::Error {
     let what = shim().torch_exception_get_what_without_backtrace.map(|get| {
@@ -213,9 +216,7 @@ fn last_error() -> crate::error::Error {
             if text.is_null() { None } else { Some(CStr::from_ptr(text).to_string_lossy()) }
         }
     });
-    let what = what
-        .flatten()
-        .map_or_else(|| "PyTorch reported an error".into(), std::borrow::Cow::into_owned);
+    let what = what.flatten().map_or_else(|| NO_WORDS.into(), std::borrow::Cow::into_owned);
     crate::error::Error::Torch(what)
 }
 

@@ -5,7 +5,7 @@ use crate::dtype::{Scalar, ScalarType};
 use crate::error::{Error, Result};
 use crate::memory::{Destination, Source};
 use crate::overlap::Place;
-use crate::shim::{Handle, Value, check, shim};
+use crate::shim::{Handle, NO_WORDS, Value, check, shim};
 use std::ffi::c_void;
 
 /// What messages call a tensor.
@@ -74,7 +74,7 @@ impl Tensor {
         let mut handle = std::ptr::null_mut();
         let s = shim();
         // SAFETY: both arrays hold `sizes.len()` entries.
-        check(unsafe {
+        let made = check(unsafe {
             (s.aoti_torch_empty_strided)(
                 sizes.len() as i64,
                 sizes.as_ptr(),
@@ -84,7 +84,8 @@ impl Tensor {
                 device.index,
                 &raw mut handle,
             )
-        })?;
+        });
+        made.map_err(|error| no_memory(sizes, dtype, device, error))?;
         let tensor = Self(handle);
         if device.is_cpu() {
             tensor.prefer_huge_pages(dtype)?;
@@ -369,6 +370,24 @@ impl Inspection {
         }
         Ok(data)
     }
+}
+
+/// Why a new tensor could not be had. Its sizes are right, so for want of memory unless PyTorch says
+/// otherwise. The words are PyTorch's own, which programs look for to try smaller batches.
+#[cold]
+fn no_memory(sizes: &[i64], dtype: ScalarType, device: Device, error: Error) -> Error {
+    let Error::Torch(mut what) = error else { return error };
+    if what == NO_WORDS {
+        let beginning = match device {
+            device if device.is_cpu() => "DefaultCPUAllocator: can't allocate memory.",
+            device if device.is_xpu() => "XPU out of memory.",
+            _ => "CUDA out of memory.",
+        };
+        what =
+            format!("{beginning} A {} tensor of {sizes:?} did not fit on {device}", dtype.name());
+    }
+    let of_device = !device.is_cpu() && what.contains("out of memory");
+    if of_device { Error::Memory(what) } else { Error::Torch(what) }
 }
 
 /// Asks Linux for huge pages under large memory that the allocator has just mapped anew: filling

@@ -27,6 +27,7 @@ _quant = ops.int8_vectorwise_quant.default
 _dequant = ops.int8_vectorwise_dequant.dtype
 _linear = ops.int8_linear.default
 _linear_outliers = ops.int8_linear.outliers
+_linear_listed = ops.int8_linear.listed
 _grad_input = ops.int8_linear_grad_input.default
 
 _FUSED = (torch.bfloat16, torch.float32, torch.float16)
@@ -82,8 +83,8 @@ class MatmulLtState:
     ``CB`` (int8 ``[out_features, in_features]``) and ``SCB`` (float32 ``[out_features]``) are the
     quantized weight; ``threshold`` is the magnitude from which an activation makes its column an
     outlier, 0 for none; ``idx`` (int64) has the outlier columns of the last product made with a
-    threshold (on the CPU, and not in compiled graphs). The other fields are there for clients that
-    set them.
+    threshold (not in compiled graphs). On a GPU products do not wait for these columns: who reads
+    ``idx`` does. The other fields are there for clients that set them.
     """
 
     force_no_igemmlt: bool = False
@@ -138,6 +139,23 @@ class MatmulLtState:
         self.SBt = None
         self.CBt = None
         self._made_from = None
+
+
+def _idx(self: MatmulLtState) -> Tensor | None:
+    found = self.__dict__.get("_idx")
+    if isinstance(found, list):
+        columns, count = found
+        return columns[: int(count)].long()
+    return found
+
+
+def _set_idx(self: MatmulLtState, value: Any) -> None:
+    self.__dict__["_idx"] = value
+
+
+# A field of the dataclass, so that the constructor takes it, of which the value may be a list on a
+# device with the number of its columns.
+MatmulLtState.idx = property(_idx, _set_idx)  # type: ignore[assignment]
 
 
 def _deprecated(name: str) -> None:
@@ -255,13 +273,17 @@ def _quantized(B: Tensor, state: MatmulLtState, trained: bool = False) -> tuple[
 def _run(A: Tensor, CB: Tensor, SCB: Tensor, bias: Tensor | None, state: MatmulLtState) -> Tensor:
     """The product below autograd. Tells ``state`` the outlier columns when there is a threshold.
 
-    On a GPU it does not: only the device knows how many there are, and nothing waits for it.
+    On a GPU only the device knows how many there are: the state gets the list as it is there.
     """
     threshold = float(state.threshold)
     with _below_autograd():
-        if threshold <= 0.0 or A.device.type != "cpu":
+        if threshold <= 0.0:
             return _linear(A, CB, SCB, bias, threshold)
-        result, state.idx = _linear_outliers(A, CB, SCB, bias, threshold)
+        if A.device.type == "cpu":
+            result, state.idx = _linear_outliers(A, CB, SCB, bias, threshold)
+        else:
+            result, *found = _linear_listed(A, CB, SCB, bias, threshold)
+            state.__dict__["_idx"] = found
         return result
 
 

@@ -663,6 +663,8 @@ class Linear8bitLt(_EightBitWeight, nn.Linear):
                 f"got {list(x.shape)}"
             )
         weight, state = self.weight, self.state
+        if getattr(self, "_is_replica", False):
+            state = copy.copy(state)  # DataParallel runs replicas with one state at once
         tracing = torch.compiler.is_compiling()
         if not tracing:
             state.is_training = self.training

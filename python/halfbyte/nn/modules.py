@@ -462,6 +462,10 @@ def _recover(module: Linear4bit | Embedding4bit) -> tuple[Tensor, QuantState]:
             weight  # a stand-in of some tracer (torch.export), which knows the weight itself only
         )
     if state.absmax.device != packed.device and packed.device.type != "meta":
+        if getattr(module, "_is_replica", False):
+            # Of DataParallel: the state belongs to the replicas on all devices, which run at once.
+            state = copy.copy(state)
+            state.state2 = copy.copy(state.state2)
         state.to(packed.device)
     return packed, state
 

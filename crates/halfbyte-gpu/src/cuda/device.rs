@@ -4,7 +4,7 @@ use super::{Cuda, driver, nvrtc, runs};
 use crate::device::{Module, Runtime};
 use crate::error::{Error, Result};
 use crate::module::Source;
-use crate::native::{Calls, Handle, Platform};
+use crate::native::{Calls, Handle, IMAGE_ERRORS, Platform};
 use crate::packed::Packed;
 use std::ffi::c_int;
 use std::ptr;
@@ -88,7 +88,7 @@ impl Platform for CudaDevice {
             None => reasons.push("this build holds none for this architecture".to_owned()),
             Some(made_for) => match source.cubins.unpack(made_for).map(|cubin| load(&cubin)) {
                 Ok(Ok(module)) => return Ok(module),
-                Ok(Err(Error::Call { code, name, .. })) if driver::IMAGE_ERRORS.contains(&code) => {
+                Ok(Err(Error::Call { code, name, .. })) if IMAGE_ERRORS.contains(&code) => {
                     reasons
                         .push(format!("that for sm_{made_for} in this build was refused ({name})"));
                 }

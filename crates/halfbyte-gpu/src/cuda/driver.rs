@@ -41,7 +41,3 @@ pub(super) const FUNCTION_SHARED: c_int = 1;
 pub(super) const FUNCTION_DYNAMIC_SHARED: c_int = 8;
 /// `CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL`
 pub(super) const POINTER_DEVICE: c_int = 9;
-
-/// What loading answers to machine code that it does not take: `CUDA_ERROR_INVALID_IMAGE`,
-/// `NO_BINARY_FOR_GPU`, `INVALID_PTX`, `UNSUPPORTED_PTX_VERSION`, `INVALID_SOURCE`.
-pub(super) const IMAGE_ERRORS: [c_int; 5] = [200, 209, 218, 222, 300];

@@ -79,6 +79,23 @@ pub fn cuda_device(ordinal: usize) -> Result<&'static Device> {
     }
 }
 
+/// Why [`cuda_device`] would refuse the device of that number, or None. Opens the driver, but makes
+/// no context: that takes hundreds of megabytes of the device.
+#[must_use]
+pub fn cuda_refusal(ordinal: usize) -> Option<Error> {
+    let cuda = match cuda() {
+        Ok(cuda) => cuda,
+        Err(refusal) => return Some(refusal.error.clone()),
+    };
+    if ordinal >= cuda.devices.len() {
+        return cuda_device(ordinal).err();
+    }
+    match cuda.facts(ordinal) {
+        Ok((_, facts)) => cuda.refuse(&facts),
+        Err(error) => Some(error),
+    }
+}
+
 /// The CUDA device on which memory lies.
 ///
 /// # Errors
@@ -199,9 +216,7 @@ impl Cuda {
         match self.facts(ordinal) {
             Ok((_, facts)) => DeviceReport {
                 ordinal,
-                refused: refuse(&facts)
-                    .or_else(|| self.lacks_code(&facts))
-                    .map(|error| error.to_string()),
+                refused: self.refuse(&facts).map(|error| error.to_string()),
                 name: facts.name,
                 architecture: facts.architecture,
             },
@@ -212,6 +227,11 @@ impl Cuda {
                 refused: Some(error.to_string()),
             },
         }
+    }
+
+    /// Why a device cannot be used, as far as that is known before trying.
+    fn refuse(&self, facts: &Facts) -> Option<Error> {
+        refuse(facts).or_else(|| self.lacks_code(facts))
     }
 
     /// Why no kernel could be loaded on a device, when that is known before trying.

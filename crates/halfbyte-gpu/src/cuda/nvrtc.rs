@@ -5,6 +5,7 @@ use crate::error::{Error, Result};
 use crate::library::{Candidate, Library};
 use crate::module::Source;
 use std::ffi::c_int;
+use std::path::Path;
 use std::sync::OnceLock;
 
 #[cfg(not(windows))]
@@ -15,6 +16,9 @@ const NAMES_12: &[&str] = &["libnvrtc.so.12"];
 const NAMES_13: &[&str] = &["nvrtc64_130_0.dll"];
 #[cfg(windows)]
 const NAMES_12: &[&str] = &["nvrtc64_120_0.dll"];
+
+/// Older ones take kernels with 4 KiB of arguments at most.
+const OLDEST: (c_int, c_int) = (12, 1);
 
 /// The compiler, opened on first use: the file `HALFBYTE_NVRTC` names, else one that the process
 /// has loaded already (`import torch` does), else the system's, else one in a folder of
@@ -36,14 +40,36 @@ pub(super) fn compiler(driver_version: c_int) -> Result<&'static Compiler> {
     });
     let library = Library::open("the run-time compiler NVRTC", &candidates)?;
     let compiler = Compiler::new(library, compiler::NVRTC, "NVRTC")?;
-    if compiler.major() > driver_major {
+    let (major, minor) = compiler.version();
+    if major > driver_major {
         return Err(Error::Version {
             library: "the CUDA driver",
-            expected: format!("{}.0 (that of {})", compiler.major(), compiler.name()),
+            expected: format!("{major}.0 (that of {})", compiler.name()),
             got: super::version_text(driver_version),
         });
     }
+    if (major, minor) < OLDEST {
+        return Err(Error::Version {
+            library: "the run-time compiler NVRTC",
+            expected: format!("{}.{}", OLDEST.0, OLDEST.1),
+            got: format!("{major}.{minor}"),
+        });
+    }
+    load_builtins(compiler.path());
     Ok(COMPILER.get_or_init(|| compiler))
+}
+
+/// Opens the file that NVRTC opens by its name alone when it compiles, `libnvrtc-builtins.so.13.0` for
+/// example. It finds one that is open already, and not every NVRTC says that it lies beside itself:
+/// that of version 13.0.88 does not.
+fn load_builtins(nvrtc: &Path) {
+    let Some(Ok(files)) = nvrtc.parent().map(std::fs::read_dir) else { return };
+    for file in files.flatten() {
+        if file.file_name().to_string_lossy().starts_with("libnvrtc-builtins.so.") {
+            // Never closed. One that cannot be opened is not needed, or the compiler says that it is.
+            let _ = Library::open("a part of NVRTC", &[Candidate::Open(file.path())]);
+        }
+    }
 }
 
 /// The compiler, and the name of the architecture to compile for on a device of this capability;

@@ -64,6 +64,16 @@ pub fn rocm_device(ordinal: usize) -> Result<&'static Device> {
     }
 }
 
+/// Why [`rocm_device`] would refuse the device of that number, or None. Opens the runtime only.
+#[must_use]
+pub fn rocm_refusal(ordinal: usize) -> Option<Error> {
+    match hip() {
+        Err(refusal) => Some(refusal.error.clone()),
+        Ok(hip) if ordinal < hip.devices.len() => hip.facts(ordinal).err(),
+        Ok(_) => rocm_device(ordinal).err(),
+    }
+}
+
 /// What was looked for, found and refused.
 pub(crate) fn probe() -> BackendReport {
     let looked_for = looked_for("HALFBYTE_HIP", &RUNTIME_NAMES.join(", "));

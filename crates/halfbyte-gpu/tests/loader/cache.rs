@@ -61,6 +61,23 @@ fn what_is_damaged_is_built_again() {
 }
 
 #[test]
+fn only_code_that_is_refused_is_built_again() {
+    let home = Case::new("nothing");
+    assert_eq!(compilations(&home.folder), 1);
+    for (code, expected) in [("2", 0), ("719", 0), ("200", 1), ("209", 1)] {
+        let (case, _) = with_cache(&home.folder);
+        let log = home.folder.join(code);
+        let failing = case.set("HALFBYTE_EMULATOR_LOG", &log);
+        let failing = failing.set("HALFBYTE_EMULATOR_FAIL", format!("cuModuleLoadData={code}"));
+        failing.says(&[&format!("({code})")]);
+        let log = fs::read_to_string(&log).expect("the emulator writes it");
+        assert_eq!(log.matches("nvrtcCompileProgram").count(), expected, "{code}: {log}");
+        // What was refused is kept no more.
+        assert_eq!(compilations(&home.folder), expected, "{code}");
+    }
+}
+
+#[test]
 fn without_a_folder_to_write_to_it_is_compiled_each_time() {
     let home = Case::new("nothing");
     let file = home.file("file", b"a file where the folder should be");

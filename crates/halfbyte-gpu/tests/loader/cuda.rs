@@ -159,6 +159,16 @@ fn a_compiler_newer_than_the_driver_is_refused() {
 }
 
 #[test]
+fn a_compiler_that_takes_few_arguments_is_refused() {
+    let old = || Case::emulated("no code").set("HALFBYTE_EMULATOR_NVRTC", "12000");
+    old().says(&[
+        "the run-time compiler NVRTC is too old: expected version 12.1 or newer, got 12.0",
+    ]);
+    let fits = old().set("HALFBYTE_EMULATOR_NVRTC", "12010");
+    fits.says(&["cuModuleGetFunction(no_such_kernel)"]);
+}
+
+#[test]
 fn a_failed_compilation_is_quoted_with_its_log() {
     Case::emulated("refused code")
         .set("HALFBYTE_EMULATOR_FAIL", "nvrtcCompileProgram=6")

@@ -39,11 +39,17 @@ impl Found {
         }))
     }
 
+    /// The list as it is on the device: the columns, of which the first ones count, and how many.
+    pub(crate) fn list(self) -> Option<[Tensor; 2]> {
+        self.0.map(|List { columns, count }| [columns, count])
+    }
+
     /// The columns as an int64 tensor on the device, of the length that the kernel found.
     ///
     /// **This waits for the device**, because the length of a result must be known to the host:
     /// the one place where an op does. It cannot be captured in a CUDA graph. Layers do not come
-    /// here (`int8_linear` keeps the list on the device); who asks for the columns does.
+    /// here (`int8_linear` and `int8_linear.listed` keep the list on the device); who asks for the
+    /// columns does.
     pub(crate) fn columns(&self, queue: &Queue) -> Result<Option<Tensor>> {
         let Some(List { columns, count }) = &self.0 else { return Ok(None) };
         let host = Tensor::empty(&[1], i32::scalar_type(), Device::cpu())?;
