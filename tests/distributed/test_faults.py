@@ -490,6 +490,26 @@ def test_words_outlive_their_process():
     child.stdout.close()
     assert _words.Words.of(child.pid, 3) is None
 
+    # Read while it is written: a whole message, or none.
+    code = (
+        "from halfbyte.distributed import _words; words = _words.Words.create()\n"
+        "words.say('0'); print(words.fd, flush=True); n = 0\n"
+        "while True: n += 1; words.say(str(n % 10) * (n % 5000 + 1))"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    words = _words.Words.of(child.pid, int(child.stdout.readline()))
+    assert words is not None
+    heard = [words.heard() for _ in range(20_000)]
+    child.kill()
+    child.wait()
+    child.stdout.close()
+    heard.append(words.heard())
+    assert heard[-1] is not None
+    seen = {text for text in heard if text is not None}
+    assert len(seen) > 10
+    assert all(len(set(text)) == 1 for text in seen)
+
     ours = _words.Words.create()
     assert ours is not None
     ours.say("one")

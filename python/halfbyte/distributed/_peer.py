@@ -98,15 +98,16 @@ class Peer:
             self.gone = now is None or (now != self.birth and now != "")
         if self.words is not None:
             gone, text = self.gone, self.words.heard()
-            self._take(text or "{}", gone)
+            self._take(text, gone)
 
     def read(self, store: Any) -> None:
         """Take its line from the store. RuntimeError if that is lost."""
         gone = self.gone
         self._take(store.get(f"line/{self.rank}"), gone)
 
-    def _take(self, text: str | bytes, gone: bool) -> None:
-        line = json.loads(text)
+    def _take(self, text: str | bytes | None, gone: bool) -> None:
+        """``text``: None if there was none to be read, so the one before stays."""
+        line = self.line if text is None else json.loads(text)
         if line != self.line:
             self.line, self.changed = line, time.monotonic()
         self.last_word = gone

@@ -69,7 +69,8 @@ class Words:
         self._memory[start : start + len(data)] = data
 
     def heard(self) -> str | None:
-        """The last whole message; None before the first."""
+        """The last whole message. None before the first, and when messages come faster than this
+        can read them: while the process lives, that is."""
         last, number = None, 0
         for start in (0, _SLOT):
             magic, size, crc, n = _HEAD.unpack_from(self._memory, start)

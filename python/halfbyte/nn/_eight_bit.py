@@ -663,10 +663,10 @@ class Linear8bitLt(_EightBitWeight, nn.Linear):
                 f"got {list(x.shape)}"
             )
         weight, state = self.weight, self.state
-        if getattr(self, "_is_replica", False):
-            state = copy.copy(state)  # DataParallel runs replicas with one state at once
         tracing = torch.compiler.is_compiling()
         if not tracing:
+            if "_is_replica" in self.__dict__:
+                state = copy.copy(state)  # DataParallel runs replicas with one state at once
             state.is_training = self.training
         if weight.dtype != torch.int8 and state.has_fp16_weights:
             return matmul(x, weight, bias=self.bias, state=state)
